@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NaN and Inf appear exactly where exact attention has them; constant and zero inputs stay finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_kit import exact, relative_l1
+
+import sagert
+
+NAN, INF = float("nan"), float("inf")
+PLACES = [
+    ("q", [(0, 1, 40, 3)], NAN),
+    ("q", [(0, 1, 40, 3)], INF),
+    ("k", [(0, 0, 70, 5)], NAN),
+    ("k", [(0, 0, 70, 5)], INF),
+    ("k", [(0, 0, 70, 5)], -INF),
+    ("v", [(0, 0, 70, 5)], NAN),
+    ("v", [(0, 0, 70, 5)], INF),
+    ("v", [(0, 0, 70, 5)], -INF),
+    ("v", [(0, 0, 0, 0), (0, 1, 199, 63)], INF),
+    ("v", [(0, 0, 130, 7), (0, 0, 5, 7)], NAN),
+]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(("name", "where", "value"), PLACES, ids=lambda x: str(x).replace(" ", ""))
+def test_placement(
+    name: str,
+    where: list[tuple[int, ...]],
+    value: float,
+    dtype: torch.dtype,
+    causal: bool,
+    served: list[str],
+    tolerance: dict[str, float],
+    device: torch.device,
+) -> None:
+    generator = torch.Generator(device=device).manual_seed(7)
+    tensors = {
+        n: torch.randn(1, h, 200, 64, generator=generator, device=device).to(dtype)
+        for n, h in (("q", 4), ("k", 2), ("v", 2))
+    }
+    for index in where:
+        tensors[name][index] = value
+    want, _ = exact(tensors["q"], tensors["k"], tensors["v"], causal)
+    for precision in served:
+        out = torch.full_like(tensors["q"], 0.5)
+        sagert.attention(*tensors.values(), is_causal=causal, enable_gqa=True, precision=precision, out=out)
+        assert torch.equal(torch.isnan(out), torch.isnan(want)), f"{precision}: NaN elsewhere than in exact attention"
+        assert torch.equal(torch.isinf(out), torch.isinf(want)), f"{precision}: Inf elsewhere than in exact attention"
+        infinite = torch.isinf(want)
+        assert torch.equal(out[infinite].double(), want[infinite]), f"{precision}: sign of Inf"
+        finite = torch.isfinite(want)
+        assert relative_l1(out[finite], want[finite]) <= 1.5 * tolerance[precision], precision
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 60000.0])
+def test_constant_inputs(value: float, served: list[str], device: torch.device) -> None:
+    q = torch.full((1, 2, 130, 64), value, device=device, dtype=torch.float16)
+    for precision in served:
+        out = sagert.attention(q, q, q, precision=precision, is_causal=True)
+        assert torch.isfinite(out).all(), precision
+        assert float((out.double() - value).abs().max()) <= abs(value) * 2e-3, precision
+
+
+def test_zero_channels_and_rows(served: list[str], tolerance: dict[str, float], device: torch.device) -> None:
+    q, k, v = (torch.randn(1, 2, 300, 64, device=device).to(torch.bfloat16) for _ in range(3))
+    k[:, :, 64:128] = 0
+    v[..., 5] = 0
+    q[:, :, 17] = 0
+    want, _ = exact(q, k, v)
+    for precision in served:
+        out = sagert.attention(q, k, v, precision=precision)
+        assert relative_l1(out, want) <= 1.3 * tolerance[precision], precision
+        assert torch.equal(out[..., 5], torch.zeros_like(out[..., 5])), precision

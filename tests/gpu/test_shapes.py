@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every precision of this device over generated shapes, dtypes, masks and memory layouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu_kit import MEMORY, SENTINEL, Case, cases, cosine, exact, place, randn, relative_l1
+
+import sagert
+from sagert import reference
+
+# Against the reference only the order of sums and the last bit of exp2 differ; a flipped rounding of P or of the
+# output stays well below the quantization error itself.
+AGAINST_REFERENCE = {"int8_fp16": 0.006, "int8_fp8": 0.02}
+
+
+def reference_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, precision: str) -> torch.Tensor:
+    got = reference.attention(q, k, v, is_causal=causal, precision=precision)
+    return got[0] if isinstance(got, tuple) else got
+
+
+def allowed(tolerance: float, outputs: int) -> float:
+    """The row's tolerance holds for many outputs; the mean over few scatters more."""
+    return tolerance * (1.3 if outputs >= 4096 else 1.3 + 60.0 / outputs**0.5)
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_generated_shape(
+    case: Case, served: list[str], tolerance: dict[str, float], device: torch.device, record: Any
+) -> None:
+    q, k, v = randn(case, device)
+    before = [t.clone() for t in (q, k, v)]
+    want, want_lse = exact(q, k, v, case.causal)
+    for precision in served:
+        poison = torch.full(want.shape, float("nan"), dtype=case.dtype, device=device)
+        out, whole = place(poison, case.memory, SENTINEL)
+        result, lse = sagert.attention(
+            q, k, v, is_causal=case.causal, enable_gqa=case.group > 1, precision=precision, return_lse=True, out=out
+        )
+        context = f"{precision}, {case}"
+        assert result.data_ptr() == out.data_ptr(), context
+        assert torch.isfinite(out).all(), f"{context}: outputs left unwritten or not finite"
+        assert int((whole == SENTINEL).sum()) >= whole.numel() - out.numel(), f"{context}: wrote outside the output"
+        for name, was, now in zip("qkv", before, (q, k, v), strict=True):
+            assert torch.equal(was, now), f"{context}: {name} was modified"
+
+        error = relative_l1(out, want)
+        lse_error = float((lse.double() - want_lse).abs().max())
+        near = relative_l1(out, reference_output(q, k, v, case.causal, precision))
+        record.add(
+            precision,
+            case=str(case),
+            outputs=case.outputs,
+            relative_l1=error,
+            cosine=cosine(out, want),
+            lse_error=lse_error,
+            against_reference=near,
+        )
+        assert lse.shape == want_lse.shape and lse.dtype == torch.float32, context
+        assert error <= allowed(tolerance[precision], case.outputs), f"{context}: relative L1 {error:.5f}"
+        assert lse_error <= 0.1, f"{context}: LSE off by {lse_error:.4f}"
+        bound = AGAINST_REFERENCE.get(precision, 0.02) * (1 if case.outputs >= 4096 else 3)
+        assert near <= bound, f"{context}: relative L1 {near:.5f} against the reference"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_layout_does_not_change_the_bits(memory: str, served: list[str], device: torch.device) -> None:
+    case = Case(0, 2, 2, 1, 200, 200, 64, True, torch.float16, "bhsd")
+    q, k, v = randn(case, device)
+    placed = [place(t, memory, float("nan"))[0] for t in (q, k, v)]
+    for precision in served:
+        want = sagert.attention(q, k, v, is_causal=True, precision=precision)
+        got = sagert.attention(*placed, is_causal=True, precision=precision)
+        assert torch.equal(want, got), f"{precision}, {memory}"
+
+
+def test_bshd_argument(served: list[str], device: torch.device) -> None:
+    case = Case(1, 2, 2, 4, 129, 65, 72, False, torch.bfloat16, "bhsd")
+    q, k, v = randn(case, device)
+    swapped = [t.transpose(1, 2).contiguous() for t in (q, k, v)]
+    for precision in served:
+        want, want_lse = sagert.attention(q, k, v, enable_gqa=True, precision=precision, return_lse=True)
+        got, got_lse = sagert.attention(*swapped, enable_gqa=True, precision=precision, layout="BSHD", return_lse=True)
+        assert torch.equal(got.transpose(1, 2), want), precision
+        assert torch.equal(got_lse, want_lse), precision
+
+
+def test_empty_keys(served: list[str], device: torch.device) -> None:
+    q = torch.randn(2, 4, 33, 64, device=device, dtype=torch.float16)
+    k = torch.empty(2, 4, 0, 64, device=device, dtype=torch.float16)
+    for precision in served:
+        out = torch.full_like(q, float("nan"))
+        _, lse = sagert.attention(q, k, k, precision=precision, return_lse=True, out=out)
+        assert torch.equal(out, torch.zeros_like(out)), precision
+        assert torch.isneginf(lse).all(), precision
+
+
+def test_scale_and_smoothing(served: list[str], tolerance: dict[str, float], device: torch.device) -> None:
+    case = Case(2, 1, 4, 1, 512, 512, 128, False, torch.bfloat16, "bhsd")
+    q, k, v = randn(case, device)
+    want, want_lse = exact(q, k, v, scale=0.05)
+    shifted = k + 20 * torch.randn(1, 4, 1, 128, device=device, dtype=k.dtype)
+    want_shifted = exact(q, shifted, v)[0]
+    for precision in served:
+        got, lse = sagert.attention(q, k, v, scale=0.05, precision=precision, return_lse=True)
+        assert relative_l1(got, want) <= 1.3 * tolerance[precision], precision
+        assert float((lse.double() - want_lse).abs().max()) <= 0.1, precision
+        rough = sagert.attention(q, shifted, v, precision=precision, smooth_k=False)
+        smooth = sagert.attention(q, shifted, v, precision=precision)
+        assert relative_l1(smooth, want_shifted) <= 1.3 * tolerance[precision], precision
+        assert relative_l1(smooth, want_shifted) < relative_l1(rough, want_shifted), precision

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams, CUDA graphs, threads and repeatability."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import sagert
+
+FIRST_CALL = """
+import torch, sagert
+q, k, v = (torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+out = torch.full_like(q, float("nan"))
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    sagert.attention(q, k, v, precision="{precision}", out=out)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(out, sagert.attention(q, k, v, precision="{precision}")), "replay differs from an eager call"
+"""
+
+
+def tensors(device: torch.device, *, seed: int = 0, length: int = 513) -> list[torch.Tensor]:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    size = (2, 4, length, 64)
+    return [torch.randn(size, generator=generator, device=device).to(torch.bfloat16) for _ in range(3)]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_graph_replay_equals_eager(causal: bool, served: list[str], device: torch.device) -> None:
+    for precision in served:
+        q, k, v = tensors(device)
+        out = torch.full_like(q, float("nan"))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            _, lse = sagert.attention(q, k, v, is_causal=causal, precision=precision, return_lse=True, out=out)
+        for seed in (1, 2, 3):
+            for target, source in zip((q, k, v), tensors(device, seed=seed), strict=True):
+                target.copy_(source)
+            out.fill_(float("nan"))
+            graph.replay()
+            want, want_lse = sagert.attention(q, k, v, is_causal=causal, precision=precision, return_lse=True)
+            assert torch.equal(out, want), f"{precision}: replay {seed} differs from eager"
+            assert torch.equal(lse, want_lse), f"{precision}: LSE of replay {seed} differs from eager"
+
+
+def test_graph_capture_as_the_first_call_of_a_process(served: list[str]) -> None:
+    for precision in served:
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST_CALL.format(precision=precision)], capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{precision}: {done.stderr[-2000:]}"
+
+
+def test_side_stream(served: list[str], device: torch.device) -> None:
+    """The call is ordered on the current stream: inputs still being written there are waited for, nothing else is."""
+    big = torch.randn(4096, 4096, device=device)
+    for precision in served:
+        source = tensors(device, seed=5)
+        want = sagert.attention(*source, precision=precision)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            late = [torch.zeros_like(t) for t in source]
+            for _ in range(20):
+                big @ big
+            for target, values in zip(late, source, strict=True):
+                target.copy_(values)
+            got = sagert.attention(*late, precision=precision)
+            assert torch.cuda.current_stream(device) == stream
+        stream.synchronize()
+        assert torch.equal(got, want), precision
+
+
+def test_same_bits_every_time(served: list[str], device: torch.device) -> None:
+    for precision in served:
+        q, k, v = tensors(device, length=1500)
+        want, want_lse = sagert.attention(q, k, v, precision=precision, return_lse=True)
+        for _ in range(20):
+            got, lse = sagert.attention(q, k, v, precision=precision, return_lse=True)
+            assert torch.equal(got, want) and torch.equal(lse, want_lse), precision
+
+
+def test_threads(served: list[str], device: torch.device) -> None:
+    precision = served[0]
+    want = [sagert.attention(*tensors(device, seed=s), precision=precision) for s in range(4)]
+    torch.cuda.synchronize()
+    failures: list[str] = []
+
+    def work(seed: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(device)):
+                inputs = tensors(device, seed=seed)
+                for turn in range(10):
+                    got = sagert.attention(*inputs, precision=precision)
+                    torch.cuda.current_stream(device).synchronize()
+                    if not torch.equal(got, want[seed]):
+                        failures.append(f"thread {seed}, call {turn}: other bits")
+        except Exception as error:
+            failures.append(f"thread {seed}: {error!r}")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+def test_second_device(served: list[str]) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    current = torch.cuda.current_device()
+    other = torch.device("cuda", 1 - current if current < 2 else 0)
+    for precision in served:
+        want = sagert.attention(*tensors(torch.device("cuda", current)), precision=precision)
+        got = sagert.attention(*[t.to(other) for t in tensors(torch.device("cuda", current))], precision=precision)
+        assert torch.cuda.current_device() == current
+        assert torch.equal(got.to(want.device), want), precision
+
+
+def test_auto_and_compile(served: list[str], device: torch.device) -> None:
+    q, k, v = tensors(device)
+    compiled = torch.compile(lambda a, b, c: sagert.attention(a, b, c, is_causal=True), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), sagert.attention(q, k, v, is_causal=True))
+
+
+def test_refusals_launch_nothing(device: torch.device) -> None:
+    q = torch.randn(1, 2, 64, 256, device=device, dtype=torch.float16)
+    with pytest.raises(NotImplementedError, match="head_dim"):
+        sagert.attention(q, q, q, precision="int8_fp8")
+    small = torch.randn(1, 2, 64, 64, device=device, dtype=torch.float16)
+    with pytest.raises(NotImplementedError):
+        sagert.attention(small, small, small, dropout_p=0.1)
+    with pytest.raises(NotImplementedError):
+        sagert.attention(small, small, small, attn_mask=torch.ones(64, 64, device=device, dtype=torch.bool))
+    with pytest.raises(NotImplementedError):
+        sagert.attention(small.requires_grad_(), small, small)
