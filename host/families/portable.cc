@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+// Workspace layouts and parameters are those of kernels/portable/prepass.py and attention.py.
+#include "portable.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../bundle.h"
+#include "../error.h"
+#include "../launch.h"
+#include "../request.h"
+#include "../table.h"
+
+namespace sagert {
+namespace {
+
+constexpr int64_t kKeyPadding = 128;     // K8 and the copy of V end at a multiple of this
+constexpr int64_t kKeysPerPart = 512;    // statistics of K and V are reduced in parts of about this many keys
+constexpr int64_t kPartsMax = 32;
+constexpr int64_t kAlignment = 256;      // of every buffer in the workspace
+constexpr int64_t kVectorElements = 16;  // what the kernels' vector path needs strides to be multiples of
+constexpr int64_t kDirectStrideMax = int64_t{1} << 24;  // beyond it V is copied
+constexpr double kLog2E = 1.4426950408889634;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// What the signatures of a variant's kernels say.
+struct Traits {
+  int64_t qk_bytes = 0;  // size of an element of the quantized Q and K
+  bool pv_fp8 = false;
+  std::string defect;  // not empty: the build and this file disagree
+};
+
+// Strides with those of single-element dimensions, which mean nothing, set to 0.
+struct Strides {
+  int64_t b, h, s, d;
+};
+
+Strides strides_of(const sagert_tensor& tensor, int64_t b, int64_t h, int64_t s, int64_t d) {
+  return {b == 1 ? 0 : tensor.stride[0], h == 1 ? 0 : tensor.stride[1], s == 1 ? 0 : tensor.stride[2],
+          d == 1 ? 1 : tensor.stride[3]};
+}
+
+// Rows are full, contiguous and aligned: the kernels may use 16-byte accesses.
+bool is_vector(const sagert_tensor& tensor, const Strides& strides, int64_t head_dim, int64_t padded_head_dim) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 && strides.b % kVectorElements == 0 &&
+         strides.h % kVectorElements == 0 && strides.s % kVectorElements == 0 && head_dim == padded_head_dim;
+}
+
+// Everything the kernels are told, worked out once per call.
+struct Plan {
+  const sagert_attention_args* args = nullptr;
+  int64_t padded_head_dim = 0, seqlen_pad = 0, heads_kv_total = 0, heads_q_total = 0, parts = 0, part_rows = 0;
+  Strides q{}, k{}, v{}, out{};
+  bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
+  bool smooth_k = false, write_lse = false, shift_lse = false, copy_v = false, direct_v = false;
+  // Offsets into the workspace; 0 for buffers that are not needed, whose pointers the kernels leave alone.
+  int64_t k_sum = 0, v_amax = 0, v_bad = 0, k_shift = 0, k8 = 0, k_scale = 0, v_out = 0, v_scale = 0, v_first = 0;
+  int64_t q8 = 0, q_scale = 0, q_shift = 0;
+  int64_t size = 0;
+  // V as attention reads it.
+  Strides attend_v{};
+};
+
+void place_buffers(Plan& plan, const Traits& traits) {
+  int64_t d = plan.padded_head_dim;
+  int64_t keys = plan.heads_kv_total * plan.seqlen_pad;
+  int64_t queries = plan.heads_q_total * plan.args->seqlen_q;
+  auto reserve = [&](bool needed, int64_t bytes) {
+    if (!needed) return int64_t{0};
+    int64_t offset = plan.size;
+    plan.size += round_up(bytes, kAlignment);
+    return offset;
+  };
+  constexpr int64_t kWord = 4;
+  plan.k_sum = reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_amax = reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_bad = reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
+  plan.k_shift = reserve(true, plan.heads_kv_total * d * kWord);
+  plan.k8 = reserve(true, keys * d * traits.qk_bytes);
+  plan.k_scale = reserve(true, keys * kWord);
+  plan.v_out = reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
+  plan.v_scale = reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
+  plan.v_first = reserve(true, plan.heads_kv_total * 2 * d * kWord);
+  plan.q8 = reserve(true, queries * d * traits.qk_bytes);
+  plan.q_scale = reserve(true, queries * kWord);
+  plan.q_shift = reserve(plan.shift_lse, queries * kWord);
+}
+
+Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
+  Plan plan;
+  plan.args = &args;
+  int64_t d = plan.padded_head_dim = variant.head_dim;
+  // Without keys one block of padding is still quantized, so that attention finds defined scales.
+  plan.seqlen_pad = std::max(round_up(args.seqlen_k, kKeyPadding), kKeyPadding);
+  plan.heads_kv_total = args.batch * args.heads_kv;
+  plan.heads_q_total = args.batch * args.heads_q;
+  plan.parts = std::clamp(ceil_div(args.seqlen_k, kKeysPerPart), int64_t{1}, kPartsMax);
+  plan.part_rows = std::max(round_up(ceil_div(args.seqlen_k, plan.parts), 64), int64_t{64});
+  plan.parts = std::max(ceil_div(args.seqlen_k, plan.part_rows), int64_t{1});
+
+  plan.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
+  plan.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
+  plan.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
+  plan.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
+  plan.q_vec = is_vector(args.q, plan.q, args.head_dim, d);
+  plan.k_vec = is_vector(args.k, plan.k, args.head_dim, d);
+  plan.v_vec = is_vector(args.v, plan.v, args.head_dim_v, d);
+  plan.out_vec = is_vector(args.out, plan.out, args.head_dim_v, d);
+
+  plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
+  plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
+  plan.shift_lse = plan.write_lse && plan.smooth_k && args.seqlen_k > 0;
+  plan.direct_v = !traits.pv_fp8 && plan.v_vec && args.v.data != nullptr && args.seqlen_k > 0 &&
+                  plan.v.s > -kDirectStrideMax && plan.v.s < kDirectStrideMax;
+  plan.copy_v = !traits.pv_fp8 && !plan.direct_v;
+  if (plan.direct_v) {
+    plan.attend_v = plan.v;
+  } else if (traits.pv_fp8) {  // V^T: the third stride is that between channels
+    plan.attend_v = {args.heads_kv * d * plan.seqlen_pad, d * plan.seqlen_pad, plan.seqlen_pad, 1};
+  } else {
+    plan.attend_v = {args.heads_kv * plan.seqlen_pad * d, plan.seqlen_pad * d, d, 1};
+  }
+  place_buffers(plan, traits);
+  return plan;
+}
+
+const void* at(const Plan& plan, int64_t offset) { return static_cast<const char*>(plan.args->workspace) + offset; }
+
+int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }  // values that selection has bounded
+
+template <typename Sink>
+void pass_strides(Sink& sink, const char* const names[4], const Strides& strides) {
+  sink.i64(names[0], strides.b);
+  sink.i64(names[1], strides.h);
+  sink.i64(names[2], strides.s);
+  sink.i64(names[3], strides.d);
+}
+
+constexpr const char* kQStrides[] = {"q_sb", "q_sh", "q_ss", "q_sd"};
+constexpr const char* kKStrides[] = {"k_sb", "k_sh", "k_ss", "k_sd"};
+constexpr const char* kVStrides[] = {"v_sb", "v_sh", "v_ss", "v_sd"};
+constexpr const char* kOutStrides[] = {"o_sb", "o_sh", "o_ss", "o_sd"};
+
+template <typename Sink>
+void pass_kv_stats(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("K", args.k.data);
+  sink.pointer("V", args.v.data);
+  sink.pointer("KSum", at(plan, plan.k_sum));
+  sink.pointer("VAmax", at(plan, plan.v_amax));
+  sink.pointer("VBad", at(plan, plan.v_bad));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("heads_kv", narrow(args.heads_kv));
+  sink.i32("parts", narrow(plan.parts));
+  sink.i32("part_rows", narrow(plan.part_rows));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  pass_strides(sink, kKStrides, plan.k);
+  pass_strides(sink, kVStrides, plan.v);
+  sink.i32("k_vec", plan.k_vec);
+  sink.i32("v_vec", plan.v_vec);
+}
+
+template <typename Sink>
+void pass_quantize_kv(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("K", args.k.data);
+  sink.pointer("V", args.v.data);
+  sink.pointer("KSum", at(plan, plan.k_sum));
+  sink.pointer("VAmax", at(plan, plan.v_amax));
+  sink.pointer("VBad", at(plan, plan.v_bad));
+  sink.pointer("KShift", at(plan, plan.k_shift));
+  sink.pointer("K8", at(plan, plan.k8));
+  sink.pointer("KScale", at(plan, plan.k_scale));
+  sink.pointer("VOut", at(plan, plan.v_out));
+  sink.pointer("VScale", at(plan, plan.v_scale));
+  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("seqlen_pad", narrow(plan.seqlen_pad));
+  sink.i32("heads_kv", narrow(args.heads_kv));
+  sink.i32("parts", narrow(plan.parts));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("smooth_k", plan.smooth_k);
+  sink.i32("copy_v", plan.copy_v);
+  pass_strides(sink, kKStrides, plan.k);
+  pass_strides(sink, kVStrides, plan.v);
+  sink.i32("k_vec", plan.k_vec);
+  sink.i32("v_vec", plan.v_vec);
+}
+
+template <typename Sink>
+void pass_quantize_q(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("Q", args.q.data);
+  sink.pointer("KShift", at(plan, plan.k_shift));
+  sink.pointer("Q8", at(plan, plan.q8));
+  sink.pointer("QScale", at(plan, plan.q_scale));
+  sink.pointer("QShift", at(plan, plan.q_shift));
+  sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
+  sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i32("heads_q", narrow(args.heads_q));
+  sink.i32("group", narrow(args.heads_q / args.heads_kv));
+  sink.i32("head_dim", narrow(args.head_dim));
+  pass_strides(sink, kQStrides, plan.q);
+  sink.i32("q_vec", plan.q_vec);
+  sink.i32("shift_lse", plan.shift_lse);
+}
+
+template <typename Sink>
+void pass_attention(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("Q8", at(plan, plan.q8));
+  sink.pointer("QScale", at(plan, plan.q_scale));
+  sink.pointer("QShift", at(plan, plan.q_shift));
+  sink.pointer("K8", at(plan, plan.k8));
+  sink.pointer("KScale", at(plan, plan.k_scale));
+  sink.pointer("V", plan.direct_v ? args.v.data : at(plan, plan.v_out));
+  sink.pointer("VScale", at(plan, plan.v_scale));
+  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.pointer("Out", args.out.data);
+  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("seqlen_pad", narrow(plan.seqlen_pad));
+  sink.i32("heads_q", narrow(args.heads_q));
+  sink.i32("group", narrow(args.heads_q / args.heads_kv));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i64("v_sb", plan.attend_v.b);
+  sink.i64("v_sh", plan.attend_v.h);
+  sink.i64("v_ss", plan.attend_v.s);
+  pass_strides(sink, kOutStrides, plan.out);
+  sink.i32("o_vec", plan.out_vec);
+  sink.i32("write_lse", plan.write_lse);
+  sink.i32("shift_lse", plan.shift_lse);
+}
+
+template <typename Sink>
+void pass(Sink& sink, const Plan& plan, int role) {
+  switch (role) {
+    case kKvStats:
+      return pass_kv_stats(sink, plan);
+    case kQuantizeKv:
+      return pass_quantize_kv(sink, plan);
+    case kQuantizeQ:
+      return pass_quantize_q(sink, plan);
+    default:
+      return pass_attention(sink, plan);
+  }
+}
+
+int64_t blocks_of(const Plan& plan, int role, int64_t tile) {
+  switch (role) {
+    case kKvStats:
+      return plan.heads_kv_total * plan.parts;
+    case kQuantizeKv:
+      return plan.heads_kv_total * (plan.seqlen_pad / tile);
+    default:
+      return plan.heads_q_total * ceil_div(plan.args->seqlen_q, tile);
+  }
+}
+
+Traits read_traits(const VariantEntry& variant) {
+  Traits traits;
+  sagert_attention_args args{};
+  args.heads_q = args.heads_kv = 1;
+  Plan plan;
+  plan.args = &args;
+  for (int role = 0; role < kRoleCount; ++role) {
+    if (variant.kernels[role] < 0) {
+      traits.defect = concat("row ", kRows[variant.row].id, " lacks the kernel of role ", role);
+      return traits;
+    }
+    const KernelEntry& entry = kKernels[variant.kernels[role]];
+    ParameterList list;
+    pass(list, plan, role);
+    if (!matches_signature(list.text(), entry.signature)) {
+      traits.defect = concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (",
+                             list.text(), ")");
+      return traits;
+    }
+    bool bad_tile = entry.tile <= 0 || (role == kQuantizeKv && kKeyPadding % entry.tile != 0);
+    if (bad_tile) {
+      traits.defect = concat("kernel ", entry.file, " has tile ", entry.tile);
+      return traits;
+    }
+  }
+  const KernelEntry& quantize_kv = kKernels[variant.kernels[kQuantizeKv]];
+  traits.qk_bytes = pointee(quantize_kv.signature, "K8") == "i8" ? 1 : 2;
+  traits.pv_fp8 = pointee(quantize_kv.signature, "VOut").compare(0, 3, "fp8") == 0;
+  return traits;
+}
+
+class Portable : public Family {
+ public:
+  Portable() {
+    for (int32_t i = 0; i < kVariantCount; ++i) {
+      bool mine = std::string(kRows[kVariants[i].row].family) == "portable";
+      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
+    }
+  }
+
+  uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const override {
+    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).size);
+  }
+
+  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
+           Phase phase) const override {
+    const VariantEntry& entry = kVariants[variant];
+    Plan plan = make_plan(args, entry, traits(variant));
+    check_workspace(args, static_cast<uint64_t>(plan.size));
+    // All kernels are made ready before the first is launched: a failure leaves nothing half done.
+    CUkernel kernels[kRoleCount] = {};
+    for (int role = 0; role < kRoleCount; ++role) {
+      if (in_phase(role, phase)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
+    }
+    for (int role = 0; role < kRoleCount; ++role) {
+      if (!in_phase(role, phase)) continue;
+      const KernelEntry& kernel = kKernels[entry.kernels[role]];
+      KernelParameters parameters;
+      pass(parameters, plan, role);
+      launch(driver, kernels[role], kernel, blocks_of(plan, role, kernel.tile), parameters, args.stream);
+    }
+  }
+
+ private:
+  static bool in_phase(int role, Phase phase) { return (phase & (role == kAttention ? kAttend : kPrepass)) != 0; }
+
+  const Traits& traits(int32_t variant) const {
+    const Traits& traits = traits_[static_cast<size_t>(variant)];
+    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
+    return traits;
+  }
+
+  std::vector<Traits> traits_;
+};
+
+}  // namespace
+
+const Family& portable_family() {
+  static const Portable* instance = new Portable;
+  return *instance;
+}
+
+}  // namespace sagert

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "family.h"
+
+#include <cstring>
+
+#include "error.h"
+#include "families/portable.h"
+
+namespace sagert {
+
+const Family& find_family(const char* name) {
+  if (std::strcmp(name, "portable") == 0) return portable_family();
+  fail(SAGERT_ERROR_INTERNAL, "this library has no code for rows of family ", name);
+}
+
+}  // namespace sagert

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// A family is the host code that launches rows of one design: its workspace, its pre-pass, its parameters.
+#ifndef SAGERT_HOST_FAMILY_H_
+#define SAGERT_HOST_FAMILY_H_
+
+#include <cstdint>
+
+#include "driver.h"
+#include "sagert.h"
+
+namespace sagert {
+
+// Which kernels to launch.
+enum Phase : uint32_t { kPrepass = 1, kAttend = 2, kWhole = kPrepass | kAttend };
+
+class Family {
+ public:
+  virtual ~Family() = default;
+  // Bytes of workspace.
+  virtual uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const = 0;
+  // Enqueues the kernels. The arguments have been checked and the device's context is current.
+  virtual void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
+                   Phase phase) const = 0;
+};
+
+// Throws Error (INTERNAL) for a name that no family has.
+const Family& find_family(const char* name);
+
+}  // namespace sagert
+
+#endif  // SAGERT_HOST_FAMILY_H_

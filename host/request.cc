@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "request.h"
+
+#include <cmath>
+#include <limits>
+
+#include "names.h"
+
+namespace sagert {
+namespace {
+
+constexpr uint64_t kWorkspaceAlignment = 256;
+constexpr double kLog2E = 1.4426950408889634;
+
+void check_sizes(const sagert_request& request) {
+  struct Size {
+    const char* name;
+    int64_t value;
+    int64_t lowest;
+  };
+  const Size sizes[] = {{"batch", request.batch, 0},           {"heads_q", request.heads_q, 1},
+                        {"heads_kv", request.heads_kv, 1},     {"seqlen_q", request.seqlen_q, 0},
+                        {"seqlen_k", request.seqlen_k, 0},     {"head_dim", request.head_dim, 1},
+                        {"head_dim_v", request.head_dim_v, 1}};
+  for (const Size& size : sizes) {
+    if (size.value < size.lowest) fail_argument(size.name, " is ", size.value, "; it must be at least ", size.lowest);
+  }
+  if (request.heads_q % request.heads_kv != 0) {
+    fail_argument("heads_q is ", request.heads_q, " and heads_kv is ", request.heads_kv,
+                  "; heads_q must be a multiple of heads_kv");
+  }
+  auto check_product = [](const char* name, int64_t b, int64_t h, int64_t s, int64_t d) {
+    int64_t count = 0;
+    if (__builtin_mul_overflow(b, h, &count) || __builtin_mul_overflow(count, s, &count) ||
+        __builtin_mul_overflow(count, d, &count) || count > std::numeric_limits<int64_t>::max() / 8) {
+      fail_argument(name, " has the shape [", b, ", ", h, ", ", s, ", ", d, "], whose size overflows 64 bits");
+    }
+  };
+  check_product("q", request.batch, request.heads_q, request.seqlen_q, request.head_dim);
+  check_product("k", request.batch, request.heads_kv, request.seqlen_k, request.head_dim);
+  check_product("v", request.batch, request.heads_kv, request.seqlen_k, request.head_dim_v);
+  check_product("out", request.batch, request.heads_q, request.seqlen_q, request.head_dim_v);
+}
+
+void check_content(const sagert_request& request) {
+  check_sizes(request);
+  if (dtype_name(request.dtype) == nullptr) {
+    fail_argument("dtype is ", request.dtype, ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3)");
+  }
+  if (precision_name(request.precision) == nullptr) {
+    fail_argument("precision is ", request.precision, ", which is none of SAGERT_PRECISION_*: 0 (auto) to ",
+                  SAGERT_PRECISION_NVFP4, " (nvfp4)");
+  }
+  if ((request.flags & ~kAllFlags) != 0) {
+    fail_argument("flags is ", request.flags, ", which has bits that this library does not know: ",
+                  request.flags & ~kAllFlags);
+  }
+}
+
+struct TensorShape {
+  const char* name;
+  const sagert_tensor& tensor;
+  int64_t size[4];
+
+  bool empty() const { return size[0] == 0 || size[1] == 0 || size[2] == 0 || size[3] == 0; }
+};
+
+void check_tensor(const TensorShape& shape, bool written, Stage stage) {
+  if (shape.empty()) return;
+  auto address = reinterpret_cast<uintptr_t>(shape.tensor.data);
+  if (address == 0 && stage == Stage::kRun) {
+    fail_argument(shape.name, ".data is NULL, but the tensor is not empty");
+  }
+  if (address % 2 != 0) {
+    fail_argument(shape.name, ".data is not aligned to its 16-bit elements (address ", shape.tensor.data, ")");
+  }
+  int64_t lowest = 0;
+  int64_t highest = 0;
+  for (int axis = 0; axis < 4; ++axis) {
+    int64_t stride = shape.tensor.stride[axis];
+    int64_t extent = 0;
+    int64_t& end = stride < 0 ? lowest : highest;
+    constexpr int64_t kBytesPerElement = 2;
+    int64_t bytes = 0;
+    if (__builtin_mul_overflow(shape.size[axis] - 1, stride, &extent) || __builtin_add_overflow(end, extent, &end) ||
+        __builtin_mul_overflow(end, kBytesPerElement, &bytes)) {
+      fail_argument(shape.name, ".stride[", axis, "] is ", stride, " for a size of ", shape.size[axis],
+                    "; offsets would overflow 64 bits");
+    }
+    if (written && stride == 0 && shape.size[axis] > 1) {
+      fail_argument(shape.name, ".stride[", axis, "] is 0 for a size of ", shape.size[axis],
+                    "; elements of the output must not share memory");
+    }
+  }
+}
+
+}  // namespace
+
+void check_request(const sagert_request* request) {
+  check_struct(request, "request");
+  check_content(*request);
+  if (request->reserved != 0) fail_argument("request.reserved is ", request->reserved, "; it must be 0");
+}
+
+void check_device(const sagert_device* device) {
+  check_struct(device, "device");
+  if (device->capability < 10 || device->capability > 999) {
+    fail_argument("device.capability is ", device->capability, "; it must be 10 * major + minor, such as 90");
+  }
+  if (device->driver_version < 1000) {
+    fail_argument("device.driver_version is ", device->driver_version,
+                  "; it must be 1000 * major + 10 * minor, such as 12080");
+  }
+  if (device->reserved != 0) fail_argument("device.reserved is ", device->reserved, "; it must be 0");
+}
+
+sagert_request request_of(const sagert_attention_args& args) {
+  sagert_request request{};
+  request.struct_size = sizeof(request);
+  request.batch = args.batch;
+  request.heads_q = args.heads_q;
+  request.heads_kv = args.heads_kv;
+  request.seqlen_q = args.seqlen_q;
+  request.seqlen_k = args.seqlen_k;
+  request.head_dim = args.head_dim;
+  request.head_dim_v = args.head_dim_v;
+  request.dtype = args.dtype;
+  request.precision = args.precision;
+  request.flags = args.flags;
+  return request;
+}
+
+void check_attention(const sagert_attention_args* args, Stage stage) {
+  check_struct(args, "args");
+  check_content(request_of(*args));
+  if (!std::isfinite(args->scale) || !std::isfinite(static_cast<float>(args->scale * kLog2E))) {
+    fail_argument("scale is ", args->scale, "; it must be finite in 32-bit floating point");
+  }
+  const TensorShape out{"out", args->out, {args->batch, args->heads_q, args->seqlen_q, args->head_dim_v}};
+  // Without queries there is nothing to compute, and k and v are not read.
+  if (out.empty()) return;
+  check_tensor({"q", args->q, {args->batch, args->heads_q, args->seqlen_q, args->head_dim}}, false, stage);
+  check_tensor({"k", args->k, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim}}, false, stage);
+  check_tensor({"v", args->v, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim_v}}, false, stage);
+  check_tensor(out, true, stage);
+  if ((args->flags & SAGERT_FLAG_LSE) != 0) {
+    if (args->lse == nullptr && stage == Stage::kRun) fail_argument("lse is NULL, but flags ask for it");
+    if (reinterpret_cast<uintptr_t>(args->lse) % 4 != 0) {
+      fail_argument("lse is not aligned to its 32-bit elements (address ", args->lse, ")");
+    }
+  }
+}
+
+void check_workspace(const sagert_attention_args& args, uint64_t needed) {
+  if (needed == 0) return;
+  if (args.workspace == nullptr) fail_argument("workspace is NULL; ", needed, " bytes are needed");
+  if (reinterpret_cast<uintptr_t>(args.workspace) % kWorkspaceAlignment != 0) {
+    fail_argument("workspace is not aligned to ", kWorkspaceAlignment, " bytes (address ", args.workspace, ")");
+  }
+  if (args.workspace_size < needed) {
+    fail_argument("workspace_size is ", args.workspace_size, " bytes, but ", needed,
+                  " are needed; ask sagert_workspace_size with the same arguments");
+  }
+}
+
+}  // namespace sagert
