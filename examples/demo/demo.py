@@ -15,6 +15,7 @@ import torch
 from encoder import Attention, Encoder
 
 import sagert
+from sagert.errors import NoDriverError, UnsupportedError
 
 HERE = Path(__file__).resolve().parent
 DTYPE = torch.float16
@@ -49,7 +50,7 @@ def served(precisions: list[str], probe: torch.Tensor) -> tuple[list[str], dict[
     for precision in precisions:
         try:
             sagert.attention(probe, probe, probe, precision=precision)
-        except (sagert.UnsupportedError, sagert.NoDriverError) as error:
+        except (UnsupportedError, NoDriverError) as error:
             cannot[precision] = str(error).strip().splitlines()[0]
         else:
             can.append(precision)

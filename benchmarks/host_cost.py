@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a call costs on the host: one sagert.attention on a small CUDA tensor, its Python part, and the import."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import RESULTS, environment, write_json
+from split import SplitAttention
+
+import sagert
+
+IMPORT = "import time, torch; t = time.perf_counter(); import sagert; print((time.perf_counter() - t) * 1e3)"
+
+
+def microseconds(call: Callable[[], object], calls: int, batches: int) -> float:
+    """Median host time of one call over `batches` batches, the device idle before each batch."""
+    for _ in range(20):
+        call()
+    samples = []
+    for _ in range(batches):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(samples)
+
+
+def import_milliseconds() -> float:
+    """Median time of `import sagert` after torch, each in a fresh process."""
+    times = [
+        float(subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+        for _ in range(5)
+    ]
+    return statistics.median(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", default="int8_fp8")
+    parser.add_argument("--calls", type=int, default=50, help="per batch; few, so the launch queue never fills")
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=RESULTS / "host_cost.json")
+    args = parser.parse_args()
+    run: dict[str, Any] = {"import_ms": import_milliseconds()}
+    sys.stdout.write(f"import sagert, torch already imported   {run['import_ms']:8.1f} ms\n")
+    if not torch.cuda.is_available():
+        sys.stderr.write("the cost of a call needs a CUDA device that torch can use\n")
+        return 1
+
+    q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = torch.empty_like(q)
+    split = SplitAttention(q, k, v, out, causal=False, precision=args.precision)
+
+    def library() -> None:  # the library's part: both steps, arguments ready
+        split.quantize()
+        split.attend()
+
+    calls: dict[str, Callable[[], object]] = {
+        "sagert.attention": lambda: sagert.attention(q, k, v, precision=args.precision),
+        "sagert.attention, out= given": lambda: sagert.attention(q, k, v, precision=args.precision, out=out),
+        "library only (launches included)": library,
+        "torch SDPA, for comparison": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+    }
+    run |= {"environment": environment(), "shape": list(q.shape), "precision": args.precision}
+    run["microseconds"] = {name: microseconds(call, args.calls, args.batches) for name, call in calls.items()}
+    cost = run["microseconds"]
+    cost["Python part (difference)"] = cost["sagert.attention"] - cost["library only (launches included)"]
+    for name, value in cost.items():
+        sys.stdout.write(f"{name:<40}{value:8.1f} us\n")
+    write_json(args.out, run)
+    sys.stdout.write(f"wrote {args.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
