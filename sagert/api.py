@@ -74,9 +74,7 @@ def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     if tuple(out.shape) != shape:
         raise InvalidArgumentError(f"out has shape {tuple(out.shape)} in the order B, H, S, D: it must be {shape}")
     if out.dtype != q.dtype or out.device != q.device:
-        raise InvalidArgumentError(
-            f"out is {out.dtype} on {out.device}: it must be {q.dtype} on {q.device}, as q is"
-        )
+        raise InvalidArgumentError(f"out is {out.dtype} on {out.device}: it must be {q.dtype} on {q.device}, as q is")
     if out.requires_grad and torch.is_grad_enabled():
         raise InvalidArgumentError("out requires grad: pass out.detach() or call under torch.no_grad()")
     if torch.compiler.is_compiling() or out.device.type == "meta":
@@ -102,7 +100,7 @@ def _refuse(
     return_lse: bool,
     smooth_k: bool,
 ) -> str:
-    """The reasons against a mask, dropout or grad, which the operators cannot carry: the library's where there is one."""
+    """The reasons against a mask, dropout or grad, which the operators cannot carry: on CUDA the library's."""
     asked = [
         name
         for name, present in (
@@ -169,13 +167,13 @@ def attention(
         scale: multiplies Q K^T; D ** -0.5 by default.
         enable_gqa: allow H to be a multiple of Hk.
         layout: "BHSD", or "BSHD" for q, k, v (and out) as [B, S, H, D].
-        precision: number format of Q K^T, then of P V: "int8_fp16", "int8_fp8", ...; "auto" takes the best row of accuracy
-            class high or standard. A named precision is never changed for another.
+        precision: number format of Q K^T, then of P V: "int8_fp16", "int8_fp8", ...; "auto" takes the best row of
+            accuracy class high or standard. A named precision is never changed for another.
         return_lse: also return the log-sum-exp of the scaled scores: natural logarithm, fp32 [B, H, S] in both layouts.
         out: tensor to write into, of the result's shape, dtype and device; it may share no memory with the inputs.
         smooth_k: subtract K's mean over keys before quantizing (exact under softmax, and more accurate).
         fallback: "error", or "sdpa" to run scaled_dot_product_attention where no row can serve the call: decided before
-            launch, warned about once per reason and counted by `stats`. With return_lse there is nothing to fall back to.
+            launch, warned about once per reason and counted by `stats`. Not with return_lse, which SDPA does not give.
 
     Returns:
         The result [B, H, S, Dv] in q's dtype and memory order, or (result, lse).
@@ -185,8 +183,8 @@ def attention(
         UnsupportedError: no kernel row serves it; the message has every row's reasons (a NotImplementedError).
         NoDriverError, IntegrityError, CudaError, torch.OutOfMemoryError: as they say; these never fall back.
 
-    On CUDA it runs on the current stream, does not synchronize and can be captured in a CUDA graph. CPU tensors run on the
-    reference in torch, with the same arithmetic ("auto" is "int8_fp16" there): correct, not fast.
+    On CUDA it runs on the current stream, does not synchronize and can be captured in a CUDA graph. CPU tensors run on
+    the reference in torch, with the same arithmetic ("auto" is "int8_fp16" there): correct, not fast.
     """
     if layout != "BHSD" and layout != "BSHD":
         raise InvalidArgumentError(f"layout={layout!r} is not a layout: use 'BHSD' or 'BSHD'")
@@ -207,9 +205,7 @@ def attention(
 
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if attn_mask is not None or dropout_p > 0 or grad:
-        reason = _refuse(
-            q, k, v, attn_mask, dropout_p, is_causal, grad, precision, return_lse, smooth_k
-        )
+        reason = _refuse(q, k, v, attn_mask, dropout_p, is_causal, grad, precision, return_lse, smooth_k)
         if not sdpa or return_lse or (grad and out is not None):
             raise UnsupportedError(reason)
         if not torch.compiler.is_compiling():

@@ -18,21 +18,14 @@ from sagert.settings import SETTINGS
 
 _DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}
 _STRICT = SETTINGS.strict
-_REQUEST = (
-    "float scale, bool is_causal, int precision, bool smooth_k, bool return_lse, bool fallback_sdpa=False) -> "
-)
+_REQUEST = "float scale, bool is_causal, int precision, bool smooth_k, bool return_lse, bool fallback_sdpa=False) -> "
 
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _stream(index: int) -> int:
     """CUstream of torch's current stream on a device."""
-    stream: int
-    if _raw_stream is not None:
-        stream = _raw_stream(index)
-    else:
-        stream = torch.cuda.current_stream(index).cuda_stream
-    return stream
+    return int(torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index))
 
 
 def empty_output(q: Tensor, v: Tensor) -> Tensor:
@@ -246,15 +239,16 @@ def _attention_out_fake(
 
 # The output's strides follow q's, so compiled code must hand over tensors in the order it traced.
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
-_library = torch.library.Library("sagert", "DEF")
+_torch_library: Any = torch.library
+_library = _torch_library.Library("sagert", "DEF")
 _library.define("attention(Tensor q, Tensor k, Tensor v, " + _REQUEST + "(Tensor, Tensor)", tags=_TAGS)
 _library.define("attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, " + _REQUEST + "Tensor", tags=_TAGS)
 _library.impl("attention", _attention_cuda, "CUDA")
 _library.impl("attention", _attention_cpu, "CPU")
 _library.impl("attention_out", _attention_out_cuda, "CUDA")
 _library.impl("attention_out", _attention_out_cpu, "CPU")
-torch.library.register_fake("sagert::attention", _attention_fake, lib=_library)
-torch.library.register_fake("sagert::attention_out", _attention_out_fake, lib=_library)
+_torch_library.register_fake("sagert::attention", _attention_fake, lib=_library)
+_torch_library.register_fake("sagert::attention_out", _attention_out_fake, lib=_library)
 
 attention = torch.ops.sagert.attention.default
 attention_out = torch.ops.sagert.attention_out.default

@@ -154,5 +154,3 @@ def explain(
         flags=flags,
     )
     return ask(request, _device(device, q).to_native())
-
-
