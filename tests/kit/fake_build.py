@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds libsagert around invented rows and cubins, so that its tests need neither a GPU nor compiled kernels.
+
+The kernels' parameter lists are the real ones. The rows are invented to hold what the real ones may come to hold: several
+architectures, a row of low accuracy, a row that needs a newer driver, an absence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from tests.kit import abi
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
+ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention")
+FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K
+
+
+@dataclass(frozen=True)
+class FakeRow:
+    """One row of the invented table."""
+
+    arch: str
+    precision: int
+    name: str
+    rank: int
+    accuracy: int
+    low: int
+    high: int
+    driver_min: int = 12000
+    shared: int = 100000
+
+
+ROWS = (
+    FakeRow("sm80", abi.INT8_FP16, "int8_fp16", 100, 0, 80, 87),
+    FakeRow("sm89", abi.INT8_FP16, "int8_fp16", 100, 0, 89, 89),
+    FakeRow("sm89", abi.INT8_FP8, "int8_fp8", 90, 1, 89, 89, shared=40000),
+    FakeRow("sm90", abi.INT8_FP16, "int8_fp16", 100, 0, 90, 90),
+    FakeRow("sm90", abi.INT8_FP8, "int8_fp8", 90, 1, 90, 90),
+    FakeRow("sm90", abi.INT4_FP8, "int4_fp8", 10, 2, 90, 90),
+    FakeRow("sm90", abi.INT8_FP8, "int8_fp8_cu13", 80, 1, 90, 90, driver_min=13000),
+    FakeRow("sm120", abi.INT8_FP16, "int8_fp16", 100, 0, 120, 121, driver_min=12080),
+)
+ABSENCES = ((80, 87, abi.INT8_FP8, "these GPUs have no FP8 tensor cores"),)
+
+
+def find_compiler() -> list[str] | None:
+    """A C++ compiler: CXX, the system's, or zig's."""
+    if os.environ.get("CXX"):
+        return os.environ["CXX"].split()
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        return None
+    return [sys.executable, "-m", "ziglang", "c++"]
+
+
+def c_compiler(compiler: list[str]) -> list[str]:
+    """The C compiler that belongs to a C++ compiler."""
+    last = {"c++": "cc", "g++": "gcc", "clang++": "clang"}
+    folder, name = os.path.split(compiler[-1])
+    return [*compiler[:-1], os.path.join(folder, last.get(name, name))]
+
+
+def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
+    """Signature of the kernel of each role, from the portable family's manifest."""
+    manifest = tomllib.loads((ROOT / "kernels/portable/manifest.toml").read_text())
+    pv = dtype if row.precision == abi.INT8_FP16 else "fp8e4nv"
+    names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}"}
+    out = {}
+    for kernel in manifest["kernel"]:
+        out[kernel["role"]] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in kernel["args"].items())
+    return out
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text)
+
+
+def build(folder: Path, compiler: list[str]) -> Path:
+    """Builds into `folder` with the layout of a wheel (lib/, bundles/); returns the library."""
+    arches = list(dict.fromkeys(row.arch for row in ROWS))
+    kernels: list[str] = []
+    rows: list[str] = []
+    variants: list[str] = []
+    index: dict[str, list[dict[str, object]]] = {arch: [] for arch in arches}
+    sizes = dict.fromkeys(arches, 0)
+    types: list[str] = []
+    for number, row in enumerate(ROWS):
+        bundle = arches.index(row.arch)
+        target = folder / "bundles" / row.arch
+        target.mkdir(parents=True, exist_ok=True)
+        rows.append(
+            f"{_quote(f'{row.arch}.fake.{row.name}')}, {bundle}, \"portable\", {row.precision}, {row.accuracy}, "
+            f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS}u, {1 << abi.FP16 | 1 << abi.BF16}u, 128, "
+            f'8388608, 0.02, "{{}}", "{{}}"'
+        )
+        for head_dim in (64, 128):
+            for dtype, dtype_code in DTYPES.items():
+                for causal in (0, 1):
+                    uses = []
+                    for role, signature in signatures(row, dtype).items():
+                        symbol = f"{row.arch}_{row.name}_{role}_{dtype}_d{head_dim}_c{causal}"
+                        data = f"#{len(kernels):04d} {symbol} ".encode() * 20
+                        digest = hashlib.sha256(data)
+                        (target / f"{symbol}.cubin").write_bytes(data)
+                        tile = 128 if role == "attention" else 64
+                        shared = row.shared if role == "attention" else 1024
+                        uses.append(str(len(kernels)))
+                        kernels.append(
+                            f"{bundle}, {_quote(symbol + '.cubin')}, {_quote(symbol)}, {_quote(signature)}, 2, 256, "
+                            f"{shared}, {tile}, {len(data)}u, {{{', '.join(map(str, digest.digest()))}}}"
+                        )
+                        index[row.arch].append({"file": f"{symbol}.cubin", "sha256": digest.hexdigest()})
+                        sizes[row.arch] += len(data)
+                        letters = {"i32": "i", "i64": "l", "fp32": "f"}
+                        kinds = [item.split(":")[1] for item in signature.split()]
+                        types.append(symbol + " " + "".join(letters.get(k, "p") for k in kinds) + "ll")
+                    variants.append(f"{number}, {head_dim}, {causal}, {dtype_code}, {{{', '.join(uses)}}}")
+    bundles = []
+    for arch in arches:
+        (folder / "bundles" / arch / "index.json").write_text(json.dumps({"schema": 1, "kernels": index[arch]}))
+        bundles.append(f'{_quote(arch)}, "sm_fake", "12.9", 12000, {len(index[arch])}, {sizes[arch]}')
+    absences = [f"{low}, {high}, {precision}, {_quote(reason)}" for low, high, precision, reason in ABSENCES]
+    source = ['#include "table.h"', "namespace sagert {"]
+    tables = {"Bundle": bundles, "Kernel": kernels, "Row": rows, "Variant": variants, "Absence": absences}
+    for kind, entries in tables.items():
+        body = "".join(f"  {{{entry}}},\n" for entry in entries)
+        source.append(f"const {kind}Entry k{kind}s[] = {{\n{body}}};")
+        source.append(f"const int32_t k{kind}Count = {len(entries)};")
+    (folder / "kernel_table.cc").write_text("\n".join([*source, "}", ""]))
+    (folder / "types.txt").write_text("\n".join(types) + "\n")
+    library = folder / "lib" / "libsagert.so"
+    library.parent.mkdir()
+    sources = [folder / "kernel_table.cc", *sorted((ROOT / "host").rglob("*.cc"))]
+    command = [*compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    command += ["-fvisibility=hidden", '-DSAGERT_VERSION="0.1.0"', "-DSAGERT_BUILD", f"-I{ROOT}/include"]
+    command += [f"-I{ROOT}/host", *map(str, sources), "-o", str(library), "-ldl", "-lpthread"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return library
+
+
+def cached(compiler: list[str]) -> Path:
+    """The fake build of the present sources: built once, shared by test processes."""
+    digest = hashlib.sha256(repr(compiler).encode())
+    for path in [Path(__file__), ROOT / "include/sagert.h", ROOT / "kernels/portable/manifest.toml"]:
+        digest.update(path.read_bytes())
+    for path in sorted((ROOT / "host").rglob("*.[ch]*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    uid = os.getuid() if hasattr(os, "getuid") else 0
+    parent = Path(tempfile.gettempdir()) / f"sagert-tests-{uid}"
+    parent.mkdir(mode=0o700, exist_ok=True)
+    final = parent / digest.hexdigest()[:16]
+    if not final.exists():
+        work = Path(tempfile.mkdtemp(dir=parent))
+        build(work, compiler)
+        try:
+            work.rename(final)
+        except OSError:  # another process was faster
+            shutil.rmtree(work)
+    return final / "lib" / "libsagert.so"
