@@ -123,9 +123,9 @@ def main() -> int:
     rounds = args.rounds
     if args.quick:
         shapes, rounds = shapes[:2], 3
-    major, minor = torch.cuda.get_device_capability()
-    rows = [r for r in sagert.kernels() if r.capability_min <= 10 * major + minor <= r.capability_max]
-    precisions = args.precisions.split(",") if args.precisions else list(dict.fromkeys(str(r.precision) for r in rows))
+    capability = torch.cuda.get_device_capability()
+    rows = [r for r in sagert.kernels() if r.capability_min <= capability <= r.capability_max]
+    precisions = args.precisions.split(",") if args.precisions else list(dict.fromkeys(r.precision for r in rows))
     peers = [p for p in contenders(precisions) if not args.only_sagert or p.name.startswith("sagert")]
 
     run: dict[str, Any] = {"environment": environment(), "clocks_before": clocks(), "points": []}

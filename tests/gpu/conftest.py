@@ -40,14 +40,14 @@ def rows() -> list[Any]:
 
     import sagert
 
-    major, minor = torch.cuda.get_device_capability()
-    here = [r for r in sagert.kernels() if r.capability_min <= 10 * major + minor <= r.capability_max]
+    capability = torch.cuda.get_device_capability()
+    here = [r for r in sagert.kernels() if r.capability_min <= capability <= r.capability_max]
     return sorted(here, key=lambda r: r.rank)
 
 
 def precisions() -> list[str]:
     """The precisions that have a row for the current device, best rank first."""
-    return list(dict.fromkeys(str(r.precision) for r in rows()))
+    return list(dict.fromkeys(r.precision for r in rows()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -76,7 +76,7 @@ def served() -> list[str]:
 @pytest.fixture(scope="session")
 def tolerance() -> dict[str, float]:
     """Precision -> the tolerated relative L1 error on N(0, 1) that its row for this device states."""
-    return {str(r.precision): r.rel_l1_randn for r in reversed(rows())}
+    return {r.precision: r.relative_l1 for r in reversed(rows())}
 
 
 class Record:

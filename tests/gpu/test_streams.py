@@ -84,7 +84,8 @@ def test_same_bits_every_time(served: list[str], device: torch.device) -> None:
         want, want_lse = sagert.attention(q, k, v, precision=precision, return_lse=True)
         for _ in range(20):
             got, lse = sagert.attention(q, k, v, precision=precision, return_lse=True)
-            assert torch.equal(got, want) and torch.equal(lse, want_lse), precision
+            assert torch.equal(got, want), precision
+            assert torch.equal(lse, want_lse), precision
 
 
 def test_threads(served: list[str], device: torch.device) -> None:
