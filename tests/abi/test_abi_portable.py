@@ -3,11 +3,11 @@
 
 import itertools
 import math
-import tomllib
 
 import pytest
 
 from tests.kit import abi, fake_build
+from tests.kit.fake_build import tomllib
 from tests.kit.stub import calls
 
 WORKSPACE = 1 << 40

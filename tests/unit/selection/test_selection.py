@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selection over invented devices and requests, for the invented table and for the real one.
+
+`expected` says what selection promises in a few lines of Python, from the rows alone.
+"""
+
+import itertools
+
+import pytest
+
+from tests.kit import abi
+
+CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
+DRIVERS = (11080, 12000, 12080, 12090, 13000)
+PRECISIONS = (abi.AUTO, abi.INT8_FP16, abi.INT8_FP8, abi.INT8_INT8, abi.INT4_FP8, abi.NVFP4)
+REQUESTS = {
+    "plain": {},
+    "fp16 d64 causal": {"dtype": abi.FP16, "head_dim": 64, "flags": abi.CAUSAL},
+    "d72 lse": {"head_dim": 72, "flags": abi.LSE},
+    "d1": {"head_dim": 1},
+    "no smoothing": {"flags": abi.NO_SMOOTH_K | abi.LSE | abi.CAUSAL},
+    "empty": {"batch": 0},
+    "no keys": {"seqlen_k": 0},
+    "long": {"batch": 1, "seqlen_q": 8388608, "seqlen_k": 8388608, "heads_q": 1, "heads_kv": 1},
+}
+REFUSED = {  # request, code of the reason that every row on the device has
+    "fp32": ({"dtype": abi.FP32}, "dtype", "cast to bf16"),
+    "d129": ({"head_dim": 129}, "head_dim", "head_dim of at most 128"),
+    "dv": ({"head_dim": 128, "head_dim_v": 64}, "head_dim_v", "pad head_dim_v to 128"),
+    "dv larger": ({"head_dim": 64, "head_dim_v": 96}, "head_dim_v", "pad head_dim to 96"),
+    "queries": ({"seqlen_q": 8388609}, "seqlen_q", "split the queries"),
+    "keys": ({"seqlen_k": 8388609}, "seqlen_k", "at most 8388608 keys"),
+    "mask": ({"flags": abi.MASK}, "mask", "drop attn_mask"),
+    "dropout": ({"flags": abi.DROPOUT}, "dropout", "set dropout_p to 0"),
+    "grad": ({"flags": abi.GRAD}, "grad", "no_grad"),
+    "varlen": ({"flags": abi.VARLEN}, "varlen", "padded"),
+    "grid": ({"batch": 1 << 31}, "grid", "split the batch"),
+}
+
+
+@pytest.fixture(scope="module")
+def table(any_library):
+    return abi.Library(any_library)
+
+
+def serves(row, req, dev):
+    """Whether a row serves a good request: the promise, without reasons."""
+    accurate = row.accuracy <= 1 if req.precision == abi.AUTO else row.precision == req.precision
+    return (
+        row.capability_min <= dev.capability <= row.capability_max
+        and row.driver_min <= dev.driver_version
+        and accurate
+        and row.dtypes >> req.dtype & 1
+        and req.head_dim <= row.head_dim_max
+        and not req.flags & ~row.flags
+    )
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_best_rank_among_survivors(table, capability, driver, name):
+    rows = table.rows()
+    dev = abi.device(capability, driver)
+    for precision in PRECISIONS:
+        req = abi.request(precision=precision, **REQUESTS[name])
+        status, selection = table.select(req, dev)
+        survivors = [row for row in rows if serves(row, req, dev)]
+        report = table.explain(req, dev)
+        assert [row["id"] for row in report["rows"]] == [row.id.decode() for row in rows]
+        assert [row["accepted"] for row in report["rows"]] == [bool(serves(row, req, dev)) for row in rows]
+        for row in report["rows"]:
+            assert row["accepted"] == (not row["reasons"])
+            assert all(reason["code"] and reason["text"] for reason in row["reasons"])
+        if survivors:
+            best = min(survivors, key=lambda row: row.rank)
+            assert status == abi.OK
+            assert rows[selection.row].id == best.id and selection.variant >= 0
+            assert report["selected"] == best.id.decode()
+            assert report["nearest"] is report["hint"] is None
+            assert [row.rank for row in survivors].count(best.rank) == 1  # no two rows tie
+        else:
+            assert status == abi.UNSUPPORTED and selection.row == selection.variant == -1
+            assert report["selected"] is None and report["nearest"] and report["hint"]
+            text = table.error()
+            assert f"nearest row: {report['nearest']}" in text and report["hint"] in text
+            assert f"compute capability {capability // 10}.{capability % 10}" in text
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("capability", (80, 89, 90, 120))
+def test_refusals_name_the_reason_and_the_change(table, capability, name):
+    changes, code, hint = REFUSED[name]
+    dev = abi.device(capability, 13000)
+    req = abi.request(**changes)
+    if table.select(abi.request(), dev)[0] != abi.OK:
+        pytest.skip("no row for this device in this build")
+    status, _ = table.select(req, dev)
+    assert status == abi.UNSUPPORTED
+    assert hint in table.error()
+    report = table.explain(req, dev)
+    for row in report["rows"]:
+        assert code in [reason["code"] for reason in row["reasons"]]
+    assert hint in report["hint"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_newer_drivers_lose_nothing(table, capability):
+    for precision, changes in itertools.product(PRECISIONS, REQUESTS.values()):
+        req = abi.request(precision=precision, **changes)
+        accepted = [table.select(req, abi.device(capability, driver))[0] == abi.OK for driver in sorted(DRIVERS)]
+        assert accepted == sorted(accepted)
+
+
+def test_every_row_is_reachable(table):
+    """A device and a request for which the row wins."""
+    rows = table.rows()
+    reached = set()
+    for row, dtype in itertools.product(rows, (abi.FP16, abi.BF16)):
+        drivers = {row.driver_min, *(other.driver_min for other in rows)}
+        for capability, driver in itertools.product((row.capability_min, row.capability_max), drivers):
+            req = abi.request(precision=row.precision, dtype=dtype)
+            status, selection = table.select(req, abi.device(capability, driver))
+            if status == abi.OK:
+                reached.add(rows[selection.row].id)
+    assert reached == {row.id for row in rows}
+
+
+def test_no_two_rows_that_can_meet_have_equal_ranks(table):
+    for a, b in itertools.combinations(table.rows(), 2):
+        meet = a.capability_min <= b.capability_max and b.capability_min <= a.capability_max and a.dtypes & b.dtypes
+        assert not meet or a.rank != b.rank, (a.id, b.id)
+
+
+def test_row_strings_are_json(table):
+    import json
+
+    for row in table.rows():
+        assert isinstance(json.loads(row.axes_json), dict) and isinstance(json.loads(row.quant_json), dict)
+        assert row.id.startswith(row.bundle) and row.family
+
+
+@pytest.mark.parametrize("head_dim", range(1, 129, 9))
+@pytest.mark.parametrize("causal", (0, abi.CAUSAL))
+def test_variant_is_a_function_of_padded_head_dim(lib, head_dim, causal):
+    def variant(d):
+        return lib.select(abi.request(head_dim=d, flags=causal), abi.device(90))[1].variant
+
+    assert variant(head_dim) == variant(64 if head_dim <= 64 else 128)
+    assert len({variant(64), variant(128), lib.select(abi.request(flags=0, dtype=abi.FP16), abi.device(90))[1].variant}) == 3
+
+
+def test_auto_leaves_low_accuracy_alone_until_asked(lib):
+    """The invented int4_fp8 row has the best rank of all and accuracy class low."""
+    rows = lib.rows()
+    assert rows[lib.select(abi.request(), abi.device(90))[1].row].id == b"sm90.fake.int8_fp8"
+    assert rows[lib.select(abi.request(precision=abi.INT4_FP8), abi.device(90))[1].row].id == b"sm90.fake.int4_fp8"
+    refused = lib.explain(abi.request(), abi.device(90))["rows"][5]
+    assert refused["reasons"] == [
+        {"code": "accuracy", "text": "has accuracy class low; auto chooses among high and standard"}
+    ]
+
+
+@pytest.mark.parametrize(("driver", "row"), [(12000, "int8_fp8"), (12090, "int8_fp8"), (13000, "int8_fp8_cu13")])
+def test_the_driver_chooses_among_builds(lib, driver, row):
+    assert lib.explain(abi.request(), abi.device(90, driver))["selected"] == f"sm90.fake.{row}"
+
+
+def test_texts(lib):
+    def reasons(req, dev, row):
+        found = next(entry for entry in lib.explain(req, dev)["rows"] if entry["id"] == row)
+        return [reason["text"] for reason in found["reasons"]]
+
+    assert reasons(abi.request(), abi.device(89), "sm90.fake.int8_fp16") == [
+        "needs compute capability 9.0; this device has 8.9"
+    ]
+    assert reasons(abi.request(), abi.device(121, 12070), "sm120.fake.int8_fp16") == [
+        "needs a driver with CUDA 12.8 (R570); this driver has CUDA 12.7"
+    ]
+    assert lib.explain(abi.request(), abi.device(120, 12000))["hint"] == "update the driver to R570 or later"
+    assert lib.explain(abi.request(precision=abi.INT8_FP8), abi.device(120))["hint"] == "ask for precision int8_fp16"
+    assert "these GPUs have no FP8 tensor cores" in reasons(
+        abi.request(precision=abi.INT8_FP8), abi.device(86), "sm89.fake.int8_fp8"
+    )
+    lib.select(abi.request(precision=abi.INT8_FP8), abi.device(86))
+    assert "int8_fp8: these GPUs have no FP8 tensor cores" in lib.error()
+    assert lib.explain(abi.request(), abi.device(75))["hint"] == "use a GPU of compute capability 8.0 to 8.7"
+
+
+@pytest.mark.parametrize("name", [b"", b"GPU \xff\xfe\"\\\n", b"x" * 128])
+def test_any_device_name_gives_json(lib, name):
+    dev = abi.device(75)
+    dev.name = name
+    assert lib.explain(abi.request(), dev)["selected"] is None
+    assert lib.select(abi.request(), dev)[0] == abi.UNSUPPORTED
+
+
+def test_selection_is_pure(lib):
+    req, dev = abi.request(), abi.device()
+    before = bytes(req), bytes(dev)
+    answers = {(lib.select(req, dev)[1].row, lib.select(req, dev)[1].variant) for _ in range(50)}
+    assert len(answers) == 1 and (bytes(req), bytes(dev)) == before
