@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--kernels", type=Path, default=_ROOT / "kernels", help="folder of manifests and sources")
     make = argparse.ArgumentParser(add_help=False)
     make.add_argument("--jobs", type=int, default=None, help="kernels compiled at a time (default: number of CPUs)")
-    make.add_argument("--out", type=Path, default=_ROOT / "build" / "sagert", help="gets bundles/ (default: %(default)s)")
+    make.add_argument(
+        "--out", type=Path, default=_ROOT / "build" / "sagert", help="gets bundles/ (default: %(default)s)"
+    )
     make.add_argument("--table", type=Path, default=None, help="kernel table (default: OUT/../kernel_table.cc)")
     make.add_argument("--cache", type=Path, default=None, help="default: $SAGERT_BUILD_CACHE or ~/.cache/sagert-build")
     commands.add_parser("list", parents=[choose], help="what the manifests expand to")

@@ -42,7 +42,7 @@ def _includes(path: Path, kernels: Path) -> list[Path]:
     return [folder / name for name in names for folder in (path.parent, kernels / "common", kernels)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def source_digest(path: Path, kernels: Path) -> str:
     """Hash of a source and of every file of the kernels folder it imports or includes, however indirectly."""
     found: set[Path] = set()

@@ -67,7 +67,9 @@ def compile_job(job: Job, kernels: Path) -> Compiled:
         flags = [flag.encode() for flag in (*options(job, kernels), f"-I{(kernels / file).parent}")]
         status = library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
         if status != 0:
-            log = _text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0\n").decode(errors="replace")
+            log = (
+                _text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0\n").decode(errors="replace")
+            )
             raise CompileError(f"{job.arch}: {job.symbol} ({job.source}) for {job.target}: NVRTC refused it:\n{log}")
         cubin = _text(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
         ptx = _text(program, "nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()

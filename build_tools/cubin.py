@@ -81,7 +81,8 @@ def inspect(compiled: Compiled) -> Facts:
         raise BuildError(f"the cubin has no kernel {symbol}; it has: {', '.join(functions) or 'none'}")
     registers, stack, static_shared, local = functions[symbol]
     return Facts(
-        tuple(functions), 32 * compiled.meta["num_warps"], compiled.meta["shared"], static_shared, registers, stack, local,
+        tuple(functions), 32 * compiled.meta["num_warps"], compiled.meta["shared"],
+        static_shared, registers, stack, local,
         compiled.meta["global_scratch"], compiled.meta["profile_scratch"], compiled.meta["tensor_descriptors"],
         ptx_params(compiled.ptx, symbol), sass,
     )  # fmt: skip

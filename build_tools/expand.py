@@ -89,7 +89,9 @@ def resolve(value: Any, axes: dict[str, Any], where: str, name: str) -> Any:
         return value
     for entry in value:
         if not isinstance(entry, dict) or "value" not in entry:
-            raise ManifestError(f"{where}: options: {name}: {entry!r}: expected {{ <axis> = <value>, value = <value> }}")
+            raise ManifestError(
+                f"{where}: options: {name}: {entry!r}: expected {{ <axis> = <value>, value = <value> }}"
+            )
         for axis in entry:
             if axis not in (*AXES, "value"):
                 raise ManifestError(f"{where}: options: {name}: {axis!r} is no axis; allowed: {', '.join(AXES)}, value")
@@ -172,7 +174,11 @@ def _job(manifest: Manifest, row: Row, use: KernelUse, axes: dict[str, Any]) -> 
 
 
 def _symbol(
-    template: Template, arch: str, args: tuple[tuple[str, str], ...], constants: tuple[tuple[str, Any], ...], use: KernelUse
+    template: Template,
+    arch: str,
+    args: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Any], ...],
+    use: KernelUse,
 ) -> str:
     """A readable name made of what distinguishes the kernel: types, constants, warps."""
     function = template.source.partition(":")[2]

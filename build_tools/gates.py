@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judges compiled kernels: a cubin that is not what its row promises ends the build, naming row, kernel, gate and figure."""
+"""Judges compiled kernels: a cubin that is not what its row promises ends the build.
+
+Every message names the row, the kernel, the gate and the figure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,12 @@ _PTX_TYPES = {
 
 def check(kernel: Kernel, facts: Facts, shared_limit: int) -> None:
     """Raises GateError listing every gate the kernel fails. `shared_limit`: bytes of shared memory a block may have."""
-    problems = [*_memory(facts, shared_limit), *_registers(kernel, facts), *_opcodes(kernel, facts), *_params(kernel, facts)]
+    problems = [
+        *_memory(facts, shared_limit),
+        *_registers(kernel, facts),
+        *_opcodes(kernel, facts),
+        *_params(kernel, facts),
+    ]
     if problems:
         rows = ", ".join(kernel.rows)
         where = f"{kernel.job.arch}: row {rows}: kernel {kernel.job.symbol} ({kernel.job.source})"

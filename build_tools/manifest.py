@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and checks the manifests: kernels/portable/manifest.toml (and others with [[kernel]] templates) and one per architecture.
+"""Reads and checks the manifests: those with kernel templates ([[kernel]]) and those of architectures ([arch], [[row]]).
 
 What a manifest may say is what this file reads; see kernels/portable/manifest.toml and kernels/sm90/manifest.toml.
 """
@@ -141,7 +141,9 @@ def load(kernels: Path) -> list[Manifest]:
         for data in root.tables("kernel"):
             template = _template(data, shown, kernels)
             if template.id in templates:
-                raise ManifestError(f"{shown}: kernel {template.id!r}: id already used in {templates[template.id].where}")
+                raise ManifestError(
+                    f"{shown}: kernel {template.id!r}: id already used in {templates[template.id].where}"
+                )
             templates[template.id] = template
         roots.append((path, root))
     manifests: list[Manifest] = []
@@ -212,7 +214,8 @@ def _template(data: dict[str, Any], shown: str, kernels: Path) -> Template:
 def _capabilities(table: Table, default: Any) -> tuple[int, int]:
     if default is not None and "runs_on" not in table.keys():  # noqa: SIM118
         table.take("runs_on", list, [])
-        return tuple(default)  # type: ignore[return-value]
+        low, high = default
+        return low, high
     values = table.take("runs_on", list)
     if len(values) != 2 or not all(isinstance(v, str) and re.fullmatch(r"\d+\.\d", v) for v in values):
         table.fail("runs_on", 'expected the lowest and the highest capability, such as ["9.0", "9.0"]')
@@ -287,7 +290,9 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     uses = tuple(_use(entry, templates, table.where) for entry in table.tables("kernel"))
     roles = [use.template.role for use in uses]
     if "attention" not in roles or len(set(roles)) != len(roles):
-        table.fail("kernel", f"roles used: {roles}; a row needs one 'attention' kernel and at most one of every other role")
+        table.fail(
+            "kernel", f"roles used: {roles}; a row needs one 'attention' kernel and at most one of every other role"
+        )
     known = set().union(*(use.template.names() for use in uses))
     for option in options:
         if option not in known:
@@ -320,10 +325,14 @@ def _use(data: dict[str, Any], templates: dict[str, Template], where: str) -> Ke
             read = ", ".join(sorted(template.names())) or "nothing"
             table.fail("options", f"this kernel does not read {option!r}; it reads {read}")
     limits = table.table("gates", {})
-    gates = Gates(limits.strings("require", []), limits.strings("forbid", []), limits.at_least("max_registers", 1, None))
+    gates = Gates(
+        limits.strings("require", []), limits.strings("forbid", []), limits.at_least("max_registers", 1, None)
+    )
     for opcode in {*gates.require, *gates.forbid}:
         if not re.fullmatch(r"[A-Z][A-Z0-9]*", opcode):
-            raise ManifestError(f"{limits.where}: {opcode!r} is no SASS opcode: write its base, such as IMMA or UTCIMMA")
+            raise ManifestError(
+                f"{limits.where}: {opcode!r} is no SASS opcode: write its base, such as IMMA or UTCIMMA"
+            )
     limits.finish()
     table.finish()
     return KernelUse(template, num_warps, num_stages, num_ctas, maxnreg, threads, shared, options, gates, table.where)

@@ -60,7 +60,9 @@ def nvrtc_version() -> str:
     nvidia_root()
     found = version(_NVRTC_PACKAGE)
     if not found.startswith(TOOLKIT + "."):
-        raise BuildError(f"NVRTC {TOOLKIT} is needed, {found} is installed: pip install '{_NVRTC_PACKAGE}=={TOOLKIT}.*'")
+        raise BuildError(
+            f"NVRTC {TOOLKIT} is needed, {found} is installed: pip install '{_NVRTC_PACKAGE}=={TOOLKIT}.*'"
+        )
     headers = []
     for package in ("nvidia-cuda-runtime-cu12", "nvidia-cuda-cccl-cu12"):
         try:

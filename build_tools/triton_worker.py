@@ -22,10 +22,12 @@ def _check(function: Any, job: dict[str, Any]) -> None:
     runtime = [param.name for param in function.params if not param.is_constexpr]
     constexprs = [param.name for param in function.params if param.is_constexpr]
     if runtime != [name for name, _ in job["args"]]:
-        raise SystemExit(f"the function's run-time parameters are {runtime}, the manifest's args {[n for n, _ in job['args']]}")
-    missing = set(constexprs) ^ {name for name, _ in job["constants"]}
-    if missing:
-        raise SystemExit(f"the function's constexpr parameters are {constexprs}; they and the manifest's constants differ in {sorted(missing)}")
+        raise SystemExit(
+            f"the function's run-time parameters are {runtime}, the manifest's args {[n for n, _ in job['args']]}"
+        )
+    differing = sorted(set(constexprs) ^ {name for name, _ in job["constants"]})
+    if differing:
+        raise SystemExit(f"the function's constexpr parameters and the manifest's constants differ in {differing}")
 
 
 def compile_job(job: dict[str, Any]) -> None:
