@@ -128,8 +128,9 @@ void verify_bundle(int32_t bundle) {
 
 CUkernel ready_kernel(const Driver& driver, const Device& device, int32_t kernel) {
   KernelCache& kernels = cache(driver);
-  std::atomic<CUkernel>& ready = kernels.ready[static_cast<size_t>(kernel) * static_cast<size_t>(driver.device_count()) +
-                                               static_cast<size_t>(device.info.ordinal)];
+  std::atomic<CUkernel>& ready =
+      kernels.ready[static_cast<size_t>(kernel) * static_cast<size_t>(driver.device_count()) +
+                    static_cast<size_t>(device.info.ordinal)];
   CUkernel handle = ready.load(std::memory_order_acquire);
   if (handle != nullptr) return handle;
   std::lock_guard<std::mutex> lock(kernels.mutex);

@@ -12,7 +12,7 @@ namespace sagert {
 namespace {
 
 constexpr int64_t kGridMax = std::numeric_limits<int32_t>::max();
-constexpr int64_t kRowsPerBlock = 64;     // the smallest tile of any kernel
+constexpr int64_t kRowsPerBlock = 64;    // the smallest tile of any kernel
 constexpr int64_t kReductionParts = 32;  // the largest number of parts of a reduction over keys
 
 // Blocks of the largest launch over these rows, at most. No overflow: counts are compared by division.
@@ -70,17 +70,16 @@ Reason describe_one(uint32_t bit, const RowEntry& row, const sagert_request& req
               concat("ask for precision ", precision_name(row.precision), " by name")};
     case kDtype:
       return {"dtype", concat("takes ", dtype_list(row.dtypes), "; ", dtype_name(request.dtype), " was given"),
-              concat("cast to ", (row.dtypes >> SAGERT_DTYPE_BF16 & 1u) != 0 ? std::string("bf16")
-                                                                              : dtype_list(row.dtypes))};
+              concat("cast to ",
+                     (row.dtypes >> SAGERT_DTYPE_BF16 & 1u) != 0 ? std::string("bf16") : dtype_list(row.dtypes))};
     case kHeadDim:
       return {"head_dim", concat("takes head_dim up to ", row.head_dim_max, "; it is ", request.head_dim),
               concat("use a head_dim of at most ", row.head_dim_max)};
     case kHeadDimV:
       return {"head_dim_v",
               concat("needs head_dim_v equal to head_dim; they are ", request.head_dim_v, " and ", request.head_dim),
-              request.head_dim_v < request.head_dim
-                  ? concat("pad head_dim_v to ", request.head_dim, " with zeros")
-                  : concat("pad head_dim to ", request.head_dim_v, " with zeros")};
+              request.head_dim_v < request.head_dim ? concat("pad head_dim_v to ", request.head_dim, " with zeros")
+                                                    : concat("pad head_dim to ", request.head_dim_v, " with zeros")};
     case kSeqlen: {
       bool query = request.seqlen_q > row.seqlen_max;
       return {query ? "seqlen_q" : "seqlen_k",

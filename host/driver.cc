@@ -81,13 +81,12 @@ std::unique_ptr<Driver> Driver::open() {
          ", sagert needs CUDA ", cuda_version_text(kDriverMin), ": update the driver to ",
          driver_branch_text(kDriverMin), " or later");
   }
-#define SAGERT_RESOLVE(member, name, parameters)                                                              \
-  driver->api_.member =                                                                                       \
-      reinterpret_cast<CUresult(SAGERT_CUDAAPI*) parameters>(platform::find_symbol(library, name));           \
-  if (driver->api_.member == nullptr) {                                                                       \
-    fail(SAGERT_ERROR_NO_DRIVER, "the NVIDIA driver library ", platform::driver_library_name(),               \
-         " has no symbol " name ", although it reports CUDA ", cuda_version_text(driver->version_),           \
-         "; update or reinstall the NVIDIA driver");                                                          \
+#define SAGERT_RESOLVE(member, name, parameters)                                                                      \
+  driver->api_.member = reinterpret_cast<CUresult(SAGERT_CUDAAPI*) parameters>(platform::find_symbol(library, name)); \
+  if (driver->api_.member == nullptr) {                                                                               \
+    fail(SAGERT_ERROR_NO_DRIVER, "the NVIDIA driver library ", platform::driver_library_name(),                       \
+         " has no symbol " name ", although it reports CUDA ", cuda_version_text(driver->version_),                   \
+         "; update or reinstall the NVIDIA driver");                                                                  \
   }
   SAGERT_DRIVER_SYMBOLS(SAGERT_RESOLVE)
 #undef SAGERT_RESOLVE
@@ -101,7 +100,8 @@ void Driver::initialize() {
   if (result == CUDA_SUCCESS) result = api_.cuDeviceGetCount(&device_count_);
   if (result == CUDA_ERROR_NO_DEVICE || (result == CUDA_SUCCESS && device_count_ <= 0)) {
     fail(SAGERT_ERROR_NO_DRIVER,
-         "the NVIDIA driver finds no device; check that a GPU is present and that CUDA_VISIBLE_DEVICES does not hide it");
+         "the NVIDIA driver finds no device; check that a GPU is present and that CUDA_VISIBLE_DEVICES does not hide "
+         "it");
   }
   if (result != CUDA_SUCCESS) {
     const char* name = nullptr;
@@ -169,8 +169,8 @@ void Driver::release_contexts() const {
 
 void Driver::raise(CUresult result, const std::string& doing) const {
   if (process_ != platform::process_id()) {
-    fail(SAGERT_ERROR_CUDA, "CUDA cannot be used after fork; use spawn (this process was forked from process ", process_,
-         ", which had started CUDA)");
+    fail(SAGERT_ERROR_CUDA, "CUDA cannot be used after fork; use spawn (this process was forked from process ",
+         process_, ", which had started CUDA)");
   }
   const char* name = nullptr;
   const char* text = nullptr;

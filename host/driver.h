@@ -55,28 +55,28 @@ struct CUlaunchConfig {
 #endif
 
 // X(member, exported name, parameters)
-#define SAGERT_DRIVER_SYMBOLS(X)                                                                                  \
-  X(cuInit, "cuInit", (unsigned int))                                                                             \
-  X(cuGetErrorName, "cuGetErrorName", (CUresult, const char**))                                                   \
-  X(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                                               \
-  X(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                                                 \
-  X(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                                 \
-  X(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                                   \
-  X(cuDeviceGetUuid, "cuDeviceGetUuid", (void*, CUdevice))                                                        \
-  X(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t*, CUdevice))                                                 \
-  X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                                          \
-  X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))                                 \
-  X(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))                                        \
-  X(cuCtxGetCurrent, "cuCtxGetCurrent", (CUcontext*))                                                             \
-  X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                                         \
-  X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                                          \
-  X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))                               \
-  X(cuLibraryLoadData, "cuLibraryLoadData",                                                                       \
-    (CUlibrary*, const void*, void*, void**, unsigned int, void*, void**, unsigned int))                          \
-  X(cuLibraryUnload, "cuLibraryUnload", (CUlibrary))                                                              \
-  X(cuLibraryGetKernel, "cuLibraryGetKernel", (CUkernel*, CUlibrary, const char*))                                \
-  X(cuKernelGetFunction, "cuKernelGetFunction", (CUfunction*, CUkernel))                                          \
-  X(cuKernelSetAttribute, "cuKernelSetAttribute", (int, int, CUkernel, CUdevice))                                 \
+#define SAGERT_DRIVER_SYMBOLS(X)                                                         \
+  X(cuInit, "cuInit", (unsigned int))                                                    \
+  X(cuGetErrorName, "cuGetErrorName", (CUresult, const char**))                          \
+  X(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                      \
+  X(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                        \
+  X(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                        \
+  X(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                          \
+  X(cuDeviceGetUuid, "cuDeviceGetUuid", (void*, CUdevice))                               \
+  X(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t*, CUdevice))                        \
+  X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                 \
+  X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))        \
+  X(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))               \
+  X(cuCtxGetCurrent, "cuCtxGetCurrent", (CUcontext*))                                    \
+  X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                \
+  X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                 \
+  X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))      \
+  X(cuLibraryLoadData, "cuLibraryLoadData",                                              \
+    (CUlibrary*, const void*, void*, void**, unsigned int, void*, void**, unsigned int)) \
+  X(cuLibraryUnload, "cuLibraryUnload", (CUlibrary))                                     \
+  X(cuLibraryGetKernel, "cuLibraryGetKernel", (CUkernel*, CUlibrary, const char*))       \
+  X(cuKernelGetFunction, "cuKernelGetFunction", (CUfunction*, CUkernel))                 \
+  X(cuKernelSetAttribute, "cuKernelSetAttribute", (int, int, CUkernel, CUdevice))        \
   X(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))
 
 struct DriverApi {

@@ -39,8 +39,8 @@ std::string pointee(const char* signature, const char* name) {
   return "";
 }
 
-void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks, KernelParameters& parameters,
-            void* stream) {
+void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
+            KernelParameters& parameters, void* stream) {
   if (blocks <= 0) return;
   parameters.hidden(entry.hidden_params);
   if (blocks > std::numeric_limits<int32_t>::max() || parameters.overflowed()) {

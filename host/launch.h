@@ -72,8 +72,8 @@ bool matches_signature(const std::string& list, const char* signature);
 std::string pointee(const char* signature, const char* name);
 
 // Enqueues a kernel of `kKernels` on the stream. `blocks` is its one-dimensional grid.
-void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks, KernelParameters& parameters,
-            void* stream);
+void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
+            KernelParameters& parameters, void* stream);
 
 }  // namespace sagert
 

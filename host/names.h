@@ -15,7 +15,7 @@ const char* precision_name(int32_t precision);  // null when unknown
 const char* dtype_name(int32_t dtype);          // null when unknown
 const char* accuracy_name(int32_t accuracy);
 std::vector<const char*> flag_names(uint32_t flags);
-std::string dtype_list(uint32_t dtypes);         // "fp16 or bf16"
+std::string dtype_list(uint32_t dtypes);          // "fp16 or bf16"
 std::string capability_text(int32_t capability);  // "9.0"
 
 }  // namespace sagert

@@ -18,9 +18,9 @@ void check_sizes(const sagert_request& request) {
     int64_t value;
     int64_t lowest;
   };
-  const Size sizes[] = {{"batch", request.batch, 0},           {"heads_q", request.heads_q, 1},
-                        {"heads_kv", request.heads_kv, 1},     {"seqlen_q", request.seqlen_q, 0},
-                        {"seqlen_k", request.seqlen_k, 0},     {"head_dim", request.head_dim, 1},
+  const Size sizes[] = {{"batch", request.batch, 0},          {"heads_q", request.heads_q, 1},
+                        {"heads_kv", request.heads_kv, 1},    {"seqlen_q", request.seqlen_q, 0},
+                        {"seqlen_k", request.seqlen_k, 0},    {"head_dim", request.head_dim, 1},
                         {"head_dim_v", request.head_dim_v, 1}};
   for (const Size& size : sizes) {
     if (size.value < size.lowest) fail_argument(size.name, " is ", size.value, "; it must be at least ", size.lowest);
@@ -52,8 +52,8 @@ void check_content(const sagert_request& request) {
                   SAGERT_PRECISION_NVFP4, " (nvfp4)");
   }
   if ((request.flags & ~kAllFlags) != 0) {
-    fail_argument("flags is ", request.flags, ", which has bits that this library does not know: ",
-                  request.flags & ~kAllFlags);
+    fail_argument("flags is ", request.flags,
+                  ", which has bits that this library does not know: ", request.flags & ~kAllFlags);
   }
 }
 

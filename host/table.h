@@ -12,8 +12,8 @@ enum Role : int32_t { kKvStats = 0, kQuantizeKv = 1, kQuantizeQ = 2, kAttention 
 
 // One cubin.
 struct KernelEntry {
-  int32_t bundle;         // index into kBundles
-  const char* file;       // name inside the bundle's folder
+  int32_t bundle;    // index into kBundles
+  const char* file;  // name inside the bundle's folder
   const char* symbol;
   const char* signature;  // "name:type name:type ..." in parameter order, without the hidden tail
   int32_t hidden_params;  // trailing 64-bit parameters the compiler adds; pass 0

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* sagert.h: the C ABI of libsagert, quantized attention for NVIDIA GPUs.
  *
- * C types only. Every struct starts with its own size in bytes, which the caller sets to sizeof(struct); fields are only
- * ever appended, and a library reads no further than the size it was given. Sizes and strides are int64, strides count
- * elements. No function needs a GPU except the ones that say so; nothing is loaded before the first call that needs it.
+ * C types only. Every struct starts with its own size in bytes, which the caller sets to sizeof(struct); fields are
+ * only ever appended, and a library reads no further than the size it was given. Sizes and strides are int64, strides
+ * count elements. No function needs a GPU except the ones that say so; nothing is loaded before the first call that
+ * needs it.
  *
  * Every function that returns sagert_status leaves a message for the calling thread (sagert_last_error) when the status
  * is not SAGERT_OK. All functions may be called from any thread.
@@ -110,8 +111,8 @@ typedef struct sagert_row {
   int32_t capability_min; /* inclusive */
   int32_t capability_max; /* inclusive */
   int32_t driver_min;
-  uint32_t flags;         /* SAGERT_FLAG_* this row serves */
-  uint32_t dtypes;        /* bit (1 << SAGERT_DTYPE_*) */
+  uint32_t flags;  /* SAGERT_FLAG_* this row serves */
+  uint32_t dtypes; /* bit (1 << SAGERT_DTYPE_*) */
   int64_t head_dim_max;
   double rel_l1_randn;    /* tolerated relative L1 error on N(0,1) inputs against float64 attention */
   const char* axes_json;  /* the row's axes, as in the manifest */
@@ -209,8 +210,8 @@ SAGERT_API sagert_status sagert_workspace_size(const sagert_attention_args* args
  * The caller's current context is left as it was. Needs a GPU. */
 SAGERT_API sagert_status sagert_attention(const sagert_attention_args* args);
 
-/* The same in two steps. sagert_quantize reads q, k, v and fills the workspace; sagert_attend reads the workspace (and v
- * where the precision leaves V as it is) and writes out and lse. Both take the same arguments. */
+/* The same in two steps. sagert_quantize reads q, k, v and fills the workspace; sagert_attend reads the workspace (and
+ * v where the precision leaves V as it is) and writes out and lse. Both take the same arguments. */
 SAGERT_API sagert_status sagert_quantize(const sagert_attention_args* args);
 SAGERT_API sagert_status sagert_attend(const sagert_attention_args* args);
 

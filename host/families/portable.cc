@@ -15,8 +15,8 @@
 namespace sagert {
 namespace {
 
-constexpr int64_t kKeyPadding = 128;     // K8 and the copy of V end at a multiple of this
-constexpr int64_t kKeysPerPart = 512;    // statistics of K and V are reduced in parts of about this many keys
+constexpr int64_t kKeyPadding = 128;   // K8 and the copy of V end at a multiple of this
+constexpr int64_t kKeysPerPart = 512;  // statistics of K and V are reduced in parts of about this many keys
 constexpr int64_t kPartsMax = 32;
 constexpr int64_t kAlignment = 256;      // of every buffer in the workspace
 constexpr int64_t kVectorElements = 16;  // what the kernels' vector path needs strides to be multiples of
@@ -278,8 +278,8 @@ Traits read_traits(const VariantEntry& variant) {
     ParameterList list;
     pass(list, plan, role);
     if (!matches_signature(list.text(), entry.signature)) {
-      traits.defect = concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (",
-                             list.text(), ")");
+      traits.defect =
+          concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
       return traits;
     }
     bool bad_tile = entry.tile <= 0 || (role == kQuantizeKv && kKeyPadding % entry.tile != 0);

@@ -115,7 +115,8 @@ args.{name}.data = None
 result = [lib.attention(args), lib.error(), lib.workspace_size(args)[0]]
 """
     result = stub.run(fake_library, code)
-    assert result[0] == abi.INVALID_ARGUMENT and f"{name}.data is NULL" in result[1]
+    assert result[0] == abi.INVALID_ARGUMENT
+    assert f"{name}.data is NULL" in result[1]
     assert result[2] == abi.OK
 
 

@@ -62,8 +62,11 @@ def test_undamaged(installed):
     assert installed.bundles()
     for index, (name, path) in enumerate(installed.bundles()):
         assert _verify(installed, index) == (abi.OK, "")
-        assert Path(path).is_absolute() and Path(path).name == name
-        assert len(json.loads((Path(path) / "index.json").read_text())["kernels"]) == len(list(Path(path).glob("*.cubin")))
+        assert Path(path).is_absolute()
+        assert Path(path).name == name
+        assert len(json.loads((Path(path) / "index.json").read_text())["kernels"]) == len(
+            list(Path(path).glob("*.cubin"))
+        )
 
 
 @pytest.mark.parametrize("damage", [_cut, _empty, _grow, _flip, _remove, _swap, _folder])
@@ -74,7 +77,8 @@ def test_every_cubin(installed, damage):
             damage(path)
             status, text = _verify(installed, index)
             assert status == abi.INTEGRITY, path.name
-            assert str(path) in text and "reinstall" in text
+            assert str(path) in text
+            assert "reinstall" in text
             if path.is_dir():
                 path.rmdir()
             path.write_bytes(data)
@@ -88,7 +92,8 @@ def test_index(installed, damage):
         data = path.read_bytes()
         damage(path)
         status, text = _verify(installed, index)
-        assert status == abi.INTEGRITY and str(path) in text
+        assert status == abi.INTEGRITY
+        assert str(path) in text
         path.write_bytes(data)
 
 
@@ -111,6 +116,7 @@ for _, folder in lib.bundles():
 result.append([lib.attention(abi.attention_args(precision=INT8_FP16)), ""])
 """
     result = stub.run(root / "lib/libsagert.so", code, STUB_CAPABILITY="90")
-    assert result[0][0] == abi.INTEGRITY and ".cubin" in result[0][1]
+    assert result[0][0] == abi.INTEGRITY
+    assert ".cubin" in result[0][1]
     assert result[1][0] == abi.OK
     assert ctypes.sizeof(abi.Selection) == 16

@@ -20,7 +20,8 @@ def test_the_symbol_list_was_found():
 def test_no_driver(fake_library, stub, tmp_path):
     result = stub.run(fake_library, ATTENTION, LD_LIBRARY_PATH=tmp_path)
     assert result[0] == abi.NO_DRIVER
-    assert "libcuda.so.1" in result[1] and "R525" in result[1]
+    assert "libcuda.so.1" in result[1]
+    assert "R525" in result[1]
 
 
 @pytest.mark.parametrize("symbol", [*SYMBOLS, "cuDriverGetVersion"])
@@ -31,7 +32,10 @@ def test_missing_symbol(fake_library, compiler, tmp_path, symbol):
 
 
 def test_loading_the_library_touches_no_driver(fake_library, stub, tmp_path):
-    code = "result = [lib.select(abi.request(), abi.device())[0], len(lib.rows()), 'libcuda' in open('/proc/self/maps').read()]"
+    code = """
+maps = open("/proc/self/maps").read()
+result = [lib.select(abi.request(), abi.device())[0], len(lib.rows()), "libcuda" in maps]
+"""
     assert stub.run(fake_library, code, log=tmp_path / "log") == [abi.OK, len(fake_build.ROWS), False]
     assert not (tmp_path / "log").exists()
 
@@ -48,15 +52,19 @@ result = [status, version.value, lib.attention(abi.attention_args()), lib.error(
     assert "update the driver to R525 or later" in result[3]
 
 
-@pytest.mark.parametrize(("error", "text"), [(100, "finds no device"), (803, "does not start"), (999, "does not start")])
+@pytest.mark.parametrize(
+    ("error", "text"), [(100, "finds no device"), (803, "does not start"), (999, "does not start")]
+)
 def test_init_error(fake_library, stub, error, text):
     result = stub.run(fake_library, ATTENTION, STUB_INIT=error)
-    assert result[0] == abi.NO_DRIVER and text in result[1]
+    assert result[0] == abi.NO_DRIVER
+    assert text in result[1]
 
 
 def test_no_device(fake_library, stub):
     result = stub.run(fake_library, ATTENTION, STUB_CAPABILITY="")
-    assert result[0] == abi.NO_DRIVER and "CUDA_VISIBLE_DEVICES" in result[1]
+    assert result[0] == abi.NO_DRIVER
+    assert "CUDA_VISIBLE_DEVICES" in result[1]
 
 
 @pytest.mark.parametrize("where", ["LOAD", "GET_KERNEL", "FUNCTION", "ATTRIBUTE", "LAUNCH", "RETAIN"])
@@ -76,8 +84,10 @@ result = [status, text, context.value, mode.value, again]
 """
     result = stub.run(fake_library, code, log=tmp_path / "log", **{f"STUB_{where}": error})
     assert result[0] == result[4] == status
-    assert f"({error}, " in result[1] and "while" in result[1]
-    assert result[2] == 0x9999 and result[3] == 0
+    assert f"({error}, " in result[1]
+    assert "while" in result[1]
+    assert result[2] == 0x9999
+    assert result[3] == 0
     if where != "LAUNCH":
         assert not calls(tmp_path / "log", "cuLaunchKernelEx")
 
@@ -143,8 +153,10 @@ result.append(lib.attention(abi.attention_args(device=-1)))
     log = tmp_path / "log"
     result = stub.run(fake_library, code, log=log, STUB_CAPABILITY="90,90,89")
     assert [r[0] for r in result[:5]] == [abi.OK] * 5
-    assert result[0][1:] == [90, "Stub GPU 0"] and result[1][1:] == [90, "Stub GPU 1"]
-    assert result[5] == result[7] == abi.INVALID_ARGUMENT and "devices are 0 to 2" in result[6]
+    assert result[0][1:] == [90, "Stub GPU 0"]
+    assert result[1][1:] == [90, "Stub GPU 1"]
+    assert result[5] == result[7] == abi.INVALID_ARGUMENT
+    assert "devices are 0 to 2" in result[6]
     assert len(calls(log, "cuLibraryLoadData")) == 8  # devices 0 and 1 share code
     assert len(calls(log, "cuKernelGetFunction")) == 12
     assert [line.split()[-1] for line in calls(log, "cuKernelSetAttribute")] == ["0", "1"]  # the sm89 row needs none
@@ -158,7 +170,8 @@ devices = [abi.Device() for _ in range(2)]
 statuses = [lib.c.sagert_device_get(i, ctypes.byref(d)) for i, d in enumerate(devices)]
 count = ctypes.c_int32()
 lib.c.sagert_device_count(ctypes.byref(count))
-result = [statuses, count.value, [[d.ordinal, d.capability, d.driver_version, d.memory, d.shared_memory] for d in devices]]
+facts = [[d.ordinal, d.capability, d.driver_version, d.memory, d.shared_memory] for d in devices]
+result = [statuses, count.value, facts]
 """
     result = stub.run(fake_library, code, STUB_CAPABILITY="75,121", STUB_DRIVER=13000)
     assert result == [[0, 0], 2, [[0, 75, 13000, 80 << 30, 232448], [1, 121, 13000, (80 << 30) + 1, 232448]]]
@@ -173,8 +186,10 @@ result += [lib.attention(abi.attention_args()), c.sagert_close(), lib.attention(
     log = tmp_path / "log"
     assert stub.run(fake_library, code, log=log) == [abi.INVALID_ARGUMENT] + [abi.OK] * 7
     order = [line.split()[0] for line in log.read_text().splitlines()]
-    assert order.count("cuLibraryLoadData") == 8 and order.count("cuLibraryUnload") == 4
-    assert order.count("cuDevicePrimaryCtxRetain") == 2 and order.count("cuDevicePrimaryCtxRelease") == 1
+    assert order.count("cuLibraryLoadData") == 8
+    assert order.count("cuLibraryUnload") == 4
+    assert order.count("cuDevicePrimaryCtxRetain") == 2
+    assert order.count("cuDevicePrimaryCtxRelease") == 1
 
 
 def test_fork_is_named(fake_library, stub):
@@ -197,7 +212,8 @@ result = [first, *json.loads(os.read(reader, 65536))]
 def test_unsupported_launches_nothing(fake_library, stub, tmp_path):
     result = stub.run(fake_library, ATTENTION, log=tmp_path / "log", STUB_CAPABILITY="75")
     assert result[0] == abi.UNSUPPORTED
-    assert "nearest row" in result[1] and "compute capability 7.5" in result[1]
+    assert "nearest row" in result[1]
+    assert "compute capability 7.5" in result[1]
     assert not calls(tmp_path / "log", "cuLaunchKernelEx")
 
 
@@ -251,6 +267,7 @@ def test_damage_is_found_before_the_driver_sees_it(fake_library, stub, tmp_path)
     for path in copy.rglob("sm90_int8_fp8_attention_bf16_d128_c0.cubin"):
         path.write_bytes(path.read_bytes()[:-1])
     result = stub.run(copy / "lib/libsagert.so", ATTENTION, log=tmp_path / "log")
-    assert result[0] == abi.INTEGRITY and "sm90_int8_fp8_attention_bf16_d128_c0.cubin" in result[1]
+    assert result[0] == abi.INTEGRITY
+    assert "sm90_int8_fp8_attention_bf16_d128_c0.cubin" in result[1]
     assert len(calls(tmp_path / "log", "cuLibraryLoadData")) == 3
     assert not calls(tmp_path / "log", "cuLaunchKernelEx")

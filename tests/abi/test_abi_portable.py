@@ -29,7 +29,9 @@ result = [lib.attention(args, {function!r}), lib.workspace_size(args)[1], lib.er
     for line in calls(log, "cuLaunchKernelEx"):
         words = line.split()
         role = next(role for role in NAMES if f"_{role}_" in words[1])
-        values = [float(word) if "." in word or "e" in word else int(word) for word in words[words.index("params") + 1 :]]
+        values = [
+            float(word) if "." in word or "e" in word else int(word) for word in words[words.index("params") + 1 :]
+        ]
         assert len(values) == len(NAMES[role])
         out[role] = {"grid": int(words[3]), "block": int(words[5]), "stream": words[9]}
         out[role] |= dict(zip(NAMES[role], values, strict=True))
@@ -48,7 +50,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES[:: 3] + CASES[1:: 7], ids=str)
+@pytest.mark.parametrize("case", CASES[::3] + CASES[1::7], ids=str)
 def test_grids_and_layout(fake_library, stub, tmp_path, case):
     launches = run(stub, fake_library, tmp_path, **case)
     b, h, hk, s, sk, d = 2, 8, 4, case["seqlen_q"], case["seqlen_k"], case["head_dim"]
@@ -56,11 +58,13 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     fp8, lse = case["precision"] == abi.INT8_FP8, bool(case["flags"] & abi.LSE)
     stats, kv, q, attend = (launches[role] for role in ("kv_stats", "quantize_kv", "quantize_q", "attention"))
     for launch in (stats, kv, q, attend):
-        assert launch["block"] == 256 and launch["stream"] == "0x77"
+        assert launch["block"] == 256
+        assert launch["stream"] == "0x77"
         assert launch["hidden0"] == launch["hidden1"] == 0
 
     parts = stats["parts"]
-    assert 1 <= parts <= 32 and stats["part_rows"] % 64 == 0
+    assert 1 <= parts <= 32
+    assert stats["part_rows"] % 64 == 0
     assert (parts - 1) * stats["part_rows"] < sk <= parts * stats["part_rows"]  # every part has keys
     assert kv["parts"] == parts
     assert stats["grid"] == b * hk * parts
@@ -70,14 +74,16 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     assert kv["seqlen_pad"] == attend["seqlen_pad"] == skp
     assert q["group"] == attend["group"] == h // hk
     assert math.isclose(q["scale_log2"], 0.125 * math.log2(math.e), rel_tol=1e-6)
-    assert attend["write_lse"] == lse and attend["shift_lse"] == q["shift_lse"] == lse
+    assert attend["write_lse"] == lse
+    assert attend["shift_lse"] == q["shift_lse"] == lse
     assert attend["Lse"] == (5 << 32 if lse else WORKSPACE)
     assert attend["Out"] == 4 << 32
 
     direct = not fp8 and d == dp
     assert kv["copy_v"] == (not fp8 and not direct)
     if direct:
-        assert attend["V"] == 3 << 32 and attend["v_ss"] == (0 if sk == 1 else d)
+        assert attend["V"] == 3 << 32
+        assert attend["v_ss"] == (0 if sk == 1 else d)
     elif fp8:
         assert attend["V"] == kv["VOut"]
         assert [attend[n] for n in ("v_sb", "v_sh", "v_ss")] == [hk * dp * skp, dp * skp, skp]
@@ -101,7 +107,8 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         assert all(launch[name] == merged[name] for name in sizes if name in launch)
     end = WORKSPACE
     for name in sorted(sizes, key=lambda name: merged[name]):
-        assert merged[name] % 256 == 0 and merged[name] >= end, name
+        assert merged[name] % 256 == 0, name
+        assert merged[name] >= end, name
         end = merged[name] + sizes[name]
     assert end <= WORKSPACE + launches["workspace"] < end + 256
 
@@ -110,7 +117,8 @@ def test_two_steps_are_the_whole(fake_library, stub, tmp_path):
     whole = run(stub, fake_library, tmp_path, flags=abi.LSE)
     first = run(stub, fake_library, tmp_path, "sagert_quantize", flags=abi.LSE)
     second = run(stub, fake_library, tmp_path, "sagert_attend", flags=abi.LSE)
-    assert "attention" not in first and set(second) == {"attention", "workspace"}
+    assert "attention" not in first
+    assert set(second) == {"attention", "workspace"}
     assert first | second == whole
 
 
@@ -127,7 +135,8 @@ def test_no_keys(fake_library, stub, tmp_path, precision):
     launches = run(stub, fake_library, tmp_path, seqlen_k=0, precision=precision, flags=abi.LSE)
     assert launches["quantize_kv"]["seqlen_k"] == launches["attention"]["seqlen_k"] == 0
     assert launches["quantize_kv"]["seqlen_pad"] == 128
-    assert launches["attention"]["shift_lse"] == 0 and launches["attention"]["write_lse"] == 1
+    assert launches["attention"]["shift_lse"] == 0
+    assert launches["attention"]["write_lse"] == 1
     assert launches["attention"]["V"] == launches["quantize_kv"]["VOut"]
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds libsagert around invented rows and cubins, so that its tests need neither a GPU nor compiled kernels.
 
-The kernels' parameter lists are the real ones. The rows are invented to hold what the real ones may come to hold: several
-architectures, a row of low accuracy, a row that needs a newer driver, an absence.
+The kernels' parameter lists are the real ones. The rows are invented to hold what real ones may come to hold:
+several architectures, a row of low accuracy, a row that needs a newer driver, an absence.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def build(folder: Path, compiler: list[str]) -> Path:
         target = folder / "bundles" / row.arch
         target.mkdir(parents=True, exist_ok=True)
         rows.append(
-            f"{_quote(f'{row.arch}.fake.{row.name}')}, {bundle}, \"portable\", {row.precision}, {row.accuracy}, "
+            f'{_quote(f"{row.arch}.fake.{row.name}")}, {bundle}, "portable", {row.precision}, {row.accuracy}, '
             f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS}u, {1 << abi.FP16 | 1 << abi.BF16}u, 128, "
             f'8388608, 0.02, "{{}}", "{{}}"'
         )

@@ -75,20 +75,25 @@ def test_best_rank_among_survivors(table, capability, driver, name):
         if survivors:
             best = min(survivors, key=lambda row: row.rank)
             assert status == abi.OK
-            assert rows[selection.row].id == best.id and selection.variant >= 0
+            assert rows[selection.row].id == best.id
+            assert selection.variant >= 0
             assert report["selected"] == best.id.decode()
             assert report["nearest"] is report["hint"] is None
             assert [row.rank for row in survivors].count(best.rank) == 1  # no two rows tie
         else:
-            assert status == abi.UNSUPPORTED and selection.row == selection.variant == -1
-            assert report["selected"] is None and report["nearest"] and report["hint"]
+            assert status == abi.UNSUPPORTED
+            assert selection.row == selection.variant == -1
+            assert report["selected"] is None
+            assert report["nearest"]
+            assert report["hint"]
             text = table.error()
-            assert f"nearest row: {report['nearest']}" in text and report["hint"] in text
+            assert f"nearest row: {report['nearest']}" in text
+            assert report["hint"] in text
             assert f"compute capability {capability // 10}.{capability % 10}" in text
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("capability", (80, 89, 90, 120))
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
 def test_refusals_name_the_reason_and_the_change(table, capability, name):
     changes, code, hint = REFUSED[name]
     dev = abi.device(capability, 13000)
@@ -136,18 +141,23 @@ def test_row_strings_are_json(table):
     import json
 
     for row in table.rows():
-        assert isinstance(json.loads(row.axes_json), dict) and isinstance(json.loads(row.quant_json), dict)
-        assert row.id.startswith(row.bundle) and row.family
+        assert isinstance(json.loads(row.axes_json), dict)
+        assert isinstance(json.loads(row.quant_json), dict)
+        assert row.id.startswith(row.bundle)
+        assert row.family
 
 
 @pytest.mark.parametrize("head_dim", range(1, 129, 9))
-@pytest.mark.parametrize("causal", (0, abi.CAUSAL))
+@pytest.mark.parametrize("causal", [0, abi.CAUSAL])
 def test_variant_is_a_function_of_padded_head_dim(lib, head_dim, causal):
     def variant(d):
         return lib.select(abi.request(head_dim=d, flags=causal), abi.device(90))[1].variant
 
     assert variant(head_dim) == variant(64 if head_dim <= 64 else 128)
-    assert len({variant(64), variant(128), lib.select(abi.request(flags=0, dtype=abi.FP16), abi.device(90))[1].variant}) == 3
+    assert (
+        len({variant(64), variant(128), lib.select(abi.request(flags=0, dtype=abi.FP16), abi.device(90))[1].variant})
+        == 3
+    )
 
 
 def test_auto_leaves_low_accuracy_alone_until_asked(lib):
@@ -187,7 +197,7 @@ def test_texts(lib):
     assert lib.explain(abi.request(), abi.device(75))["hint"] == "use a GPU of compute capability 8.0 to 8.7"
 
 
-@pytest.mark.parametrize("name", [b"", b"GPU \xff\xfe\"\\\n", b"x" * 128])
+@pytest.mark.parametrize("name", [b"", b'GPU \xff\xfe"\\\n', b"x" * 128])
 def test_any_device_name_gives_json(lib, name):
     dev = abi.device(75)
     dev.name = name
@@ -199,4 +209,5 @@ def test_selection_is_pure(lib):
     req, dev = abi.request(), abi.device()
     before = bytes(req), bytes(dev)
     answers = {(lib.select(req, dev)[1].row, lib.select(req, dev)[1].variant) for _ in range(50)}
-    assert len(answers) == 1 and (bytes(req), bytes(dev)) == before
+    assert len(answers) == 1
+    assert (bytes(req), bytes(dev)) == before
