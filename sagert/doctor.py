@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""doctor: what this machine is, what this installation holds, and what runs, with a reason for each thing that does not.
+"""doctor: what this machine is, what this installation holds, and what runs, with a reason for the rest.
 
 Works with no GPU, no driver, no torch, and even no library: each finding is collected on its own.
 """
@@ -175,7 +175,8 @@ def render(report: dict[str, Any]) -> str:
         state = "sha256 ok" if bundle["ok"] else f"DAMAGED: {bundle['problem']}"
         lines.append(
             f"  {bundle['name']}: {bundle['kernel_count']} kernels for {bundle['target']}, "
-            f"{bundle['bytes'] / 2**20:.1f} MiB, toolkit {bundle['toolkit']}, driver {bundle['driver_min']} or later, {state}"
+            f"{bundle['bytes'] / 2**20:.1f} MiB, toolkit {bundle['toolkit']}, "
+            f"driver {bundle['driver_min']} or later, {state}"
         )
     if report["support"]:
         lines += ["", "support (bf16)" if report["devices"] else "support (bf16), by bundle"]

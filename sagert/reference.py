@@ -52,7 +52,7 @@ def attention(
     scale = d**-0.5 if scale is None else scale
     group = h // hk
     rows = group * s
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         # The query heads that share a key head are rows of one matrix.
         q_rows = q.reshape(b * hk, rows, d)
         k_rows = k.reshape(b * hk, sk, d)

@@ -17,8 +17,8 @@ class Row:
     """One kernel row.
 
     capability_min and capability_max are (major, minor), inclusive; driver_min is the CUDA version of the oldest
-    driver, (major, minor); relative_l1 is the tolerated error on N(0, 1) inputs against float64 attention; flags are the
-    options it serves beyond plain attention; a lower rank is preferred.
+    driver, (major, minor); relative_l1 is the tolerated error on N(0, 1) inputs against float64 attention; flags are
+    the options it serves beyond plain attention; a lower rank is preferred.
     """
 
     id: str

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sagert.codes import PRECISIONS
 from sagert.registry.device import Device
-from sagert.registry.selection import explain
+from sagert.registry.rows import Row, kernels
+from sagert.registry.selection import Selection, explain
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -22,9 +23,18 @@ class Support:
     reason: str | None
 
 
+def _reason(answer: Selection, precision: str, rows: list[Row]) -> str:
+    """The reasons of the row of this precision that came nearest."""
+    candidates = [answer.reasons.get(row.id, ()) for row in rows if row.precision == precision]
+    if not candidates:
+        return f"no kernel row of this installation computes {precision}"
+    return "; ".join(min(candidates, key=lambda reasons: len(reasons))) or answer.hint or "refused"
+
+
 def support_table(device: Device, *, dtype: str = "bfloat16", is_causal: bool = False) -> list[Support]:
     """Every precision (without auto) at every common head dim, for B 1, H 8, S 1024."""
     cells = []
+    rows = kernels()
     for precision in PRECISIONS:
         if precision == "auto":
             continue
@@ -32,10 +42,6 @@ def support_table(device: Device, *, dtype: str = "bfloat16", is_causal: bool = 
             answer = explain(
                 (1, 8, 1024, head_dim), dtype=dtype, is_causal=is_causal, precision=precision, device=device
             )
-            reason = None
-            if answer.row is None:
-                # The rows of this precision that came nearest say most; without any, the hint does.
-                nearest = answer.reasons.get(answer.nearest or "", ())
-                reason = "; ".join(nearest) or answer.hint or "no kernel row has this precision"
+            reason = None if answer.row else _reason(answer, precision, rows)
             cells.append(Support(precision, head_dim, answer.row, reason))
     return cells

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention(): malformed calls name the argument, its value and what is accepted."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+import sagert  # noqa: E402
+from sagert.errors import InvalidArgumentError, SagertError, UnsupportedError  # noqa: E402
+
+
+def make(*shape, dtype=torch.float16):
+    return torch.randn(shape, dtype=torch.float32).to(dtype)
+
+
+Q = make(2, 4, 16, 32)
+K = make(2, 4, 24, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((Q[0], K, K), {}, ("q has 3 dimensions", "unsqueeze(0)")),
+        ((Q, K[0], K), {}, ("k has 3 dimensions", "B, H, S, D")),
+        ((Q, K, K[0, 0]), {}, ("v has 2 dimensions",)),
+        (("x", K, K), {}, ("q is a str", "torch.Tensor")),
+        ((Q, K.bfloat16(), K), {}, ("k has dtype torch.bfloat16", "q has torch.float16")),
+        ((Q, K, K.float()), {}, ("v has dtype torch.float32",)),
+        ((Q, K.to("meta"), K), {}, ("k is on meta", "q is on cpu")),
+        ((Q, K[:1], K[:1]), {}, ("batch sizes", "2, 1, 1")),
+        ((Q, K[..., :16], K), {}, ("head dims of q and k are 32 and 16",)),
+        ((Q, K, K[:, :, :8]), {}, ("heads and sequence lengths",)),
+        ((Q, K[:, :2], K[:, :2]), {}, ("4 heads", "enable_gqa=True")),
+        ((Q, K[:, :3], K[:, :3]), {"enable_gqa": True}, ("multiple",)),
+        ((Q, K, K), {"layout": "HND"}, ("layout='HND'", "'BHSD' or 'BSHD'")),
+        ((Q, K, K), {"precision": "fp4"}, ("precision='fp4'", "'int8_fp16'")),
+        ((Q, K, K), {"precision": None}, ("precision=None",)),
+        ((Q, K, K), {"scale": float("nan")}, ("scale=nan",)),
+        ((Q, K, K), {"scale": "big"}, ("scale='big'",)),
+        ((Q, K, K), {"dropout_p": 1.5}, ("dropout_p=1.5",)),
+        ((Q, K, K), {"fallback": "maybe"}, ("fallback='maybe'", "'error' or 'sdpa'")),
+        ((Q, K, K), {"out": make(2, 4, 16, 16)}, ("out has shape (2, 4, 16, 16)", "(2, 4, 16, 32)")),
+        ((Q, K, K), {"out": make(2, 4, 16, 32, dtype=torch.bfloat16)}, ("out is torch.bfloat16",)),
+        ((Q, K, K), {"out": Q}, ("out shares memory with q",)),
+        ((Q, K, K), {"out": make(2, 4, 1, 32).expand(2, 4, 16, 32)}, ("out is an expanded tensor",)),
+        ((Q, K, K), {"out": 3}, ("out is a int",)),
+    ],
+)
+def test_malformed_call(arguments, options, words):
+    with pytest.raises(InvalidArgumentError) as raised:
+        sagert.attention(*arguments, **options)
+    assert isinstance(raised.value, ValueError)
+    for word in words:
+        assert word in str(raised.value)
+
+
+def test_out_inside_an_input_is_refused():
+    packed = make(2, 4, 48, 32)
+    q, k = packed[:, :, :16], packed[:, :, 16:]
+    with pytest.raises(InvalidArgumentError, match="out shares memory"):
+        sagert.attention(q, k, k, out=packed[:, :, 8:24])
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"attn_mask": torch.ones(16, 24, dtype=torch.bool)}, "attn_mask of shape (16, 24)"),
+        ({"dropout_p": 0.1}, "dropout_p=0.1"),
+        ({"precision": "int8_int8"}, "int8_int8"),
+        ({"precision": "int4_fp8"}, "no kernel row and no reference yet"),
+    ],
+)
+def test_unsupported_call(options, word):
+    with pytest.raises(UnsupportedError) as raised:
+        sagert.attention(Q, K, K, **options)
+    assert isinstance(raised.value, NotImplementedError)
+    assert isinstance(raised.value, SagertError)
+    assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_dtypes_are_refused_with_the_cast(dtype):
+    with pytest.raises(UnsupportedError, match=r"cast to torch\.float16 or torch\.bfloat16"):
+        sagert.attention(Q.to(dtype), K.to(dtype), K.to(dtype))
+
+
+def test_gradients_are_refused_while_grad_mode_is_on():
+    q = Q.clone().requires_grad_()
+    with pytest.raises(UnsupportedError, match="backward"):
+        sagert.attention(q, K, K)
+    with pytest.raises(UnsupportedError, match="backward"):
+        torch.ops.sagert.attention(q, K, K, 1.0, False, 0, True, False)
+    with torch.no_grad():
+        assert sagert.attention(q, K, K).shape == Q.shape
+
+
+def test_fallback_runs_sdpa_warns_once_and_counts():
+    mask = torch.rand(16, 24) > 0.3
+    mask[:, 0] = True
+    q, k = Q.float(), K.float()
+    before = sagert.stats()["fallback_calls"]
+    with pytest.warns(UserWarning, match="fell back to scaled_dot_product_attention"):
+        out = sagert.attention(q, k, k, attn_mask=mask, fallback="sdpa")
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sagert.attention(q, k, k, attn_mask=mask, fallback="sdpa")
+    assert sagert.stats()["fallback_calls"] == before + 2
+
+
+def test_fallback_inside_the_operator():
+    q, k = Q.float(), K[:, :2].float()
+    with pytest.warns(UserWarning, match="cast to"):
+        out = sagert.attention(q, k, k, fallback="sdpa", enable_gqa=True, is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out, expected)
+
+
+def test_fallback_cannot_give_the_lse():
+    with pytest.raises(UnsupportedError):
+        sagert.attention(Q.float(), K.float(), K.float(), fallback="sdpa", return_lse=True)
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'flash'"):
+        sagert.flash  # noqa: B018

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference: accuracy classes, quantizers, and where NaN and infinity go."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from sagert import quantize, reference  # noqa: E402
+
+LIMITS = {"int8_fp16": 0.0135, "int8_fp8": 0.039}
+
+
+def make(*shape, dtype=torch.float16, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
+def test_accuracy_on_normal_inputs(precision, dtype, length, dim):
+    q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
+    out, _ = reference.attention(q, k, v, precision=precision)
+    exact, _ = reference.exact_attention(q, k, v)
+    metrics = reference.error_metrics(out, exact)
+    assert metrics["relative_l1"] <= LIMITS[precision]
+    assert metrics["cosine"] > 0.999
+
+
+def test_exact_attention_is_sdpa_in_float64():
+    q, k, v = make(2, 4, 19, 32), make(2, 2, 31, 32, seed=1), make(2, 2, 31, 24, seed=2)
+    for causal in (False, True):
+        out, lse = reference.exact_attention(q, k, v, is_causal=causal)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), is_causal=causal, enable_gqa=True
+        )
+        torch.testing.assert_close(out, expected)
+        assert torch.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_block_size_changes_only_rounding(precision):
+    q, k, v = (make(1, 2, 300, 64, seed=seed) for seed in range(3))
+    wide, lse_wide = reference.attention(q, k, v, precision=precision, block_n=512)
+    narrow, lse_narrow = reference.attention(q, k, v, precision=precision, block_n=64)
+    assert reference.error_metrics(wide, narrow)["relative_l1"] < 0.02
+    torch.testing.assert_close(lse_wide, lse_narrow, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    q, k, v = (make(2, 4, 70, 32, seed=seed) for seed in range(3))
+    whole = reference.attention(q, k, v)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 1)
+    parts = reference.attention(q, k, v)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_row_quantizer():
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0], [127.0, 2.5, -3.5]])
+    values, scale = quantize.quantize_rows(x, math.inf)
+    assert values[0].tolist() == [64.0, -127.0, 32.0]
+    assert values[1].tolist() == [0.0, 0.0, 0.0]
+    assert scale[1].item() == 1.0
+    assert values[2].tolist() == [127.0, 2.0, -4.0]  # half to even
+
+
+def test_row_quantizer_of_nonfinite_rows():
+    x = torch.tensor([[1.0, math.inf, -math.inf], [1.0, math.nan, math.inf]])
+    values, scale = quantize.quantize_rows(x, math.inf)
+    assert values.tolist() == [[0.0, 127.0, -127.0], [0.0, 0.0, 0.0]]
+    assert scale[0].item() == math.inf
+    assert scale[1].isnan()
+
+
+def test_v_quantizer():
+    v = torch.tensor([[[1.0, 0.0, math.inf], [-448.0, 0.0, 2.0]]])
+    values, scale = quantize.quantize_v_fp8(v)
+    assert scale.tolist() == [[[1.0, 1.0, pytest.approx(2 / 448)]]]
+    assert values.tolist() == [[[1.0, 0.0, 0.0], [-448.0, 0.0, 448.0]]]
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("target", ["q", "k", "v"])
+@pytest.mark.parametrize("values", [(math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf), (1e4, math.inf)])
+def test_nonfinite_inputs_land_where_exact_attention_puts_them(precision, causal, target, values):
+    tensors = {name: make(1, 2, 160, 32, seed=seed) for seed, name in enumerate("qkv")}
+    for index, value in enumerate(values):
+        tensors[target][0, 1, 40 + 50 * index, 7] = value
+    out, _ = reference.attention(**tensors, is_causal=causal, precision=precision)
+    exact, _ = reference.exact_attention(**tensors, is_causal=causal)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out == math.inf, exact == math.inf)
+    assert torch.equal(out == -math.inf, exact == -math.inf)
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_a_block_of_keys_at_minus_infinity_has_no_weight(precision):
+    q, k, v = (make(1, 1, 256, 16, seed=seed) for seed in range(3))
+    q = q.abs()
+    k[:, :, :128, 0] = -math.inf
+    out, _ = reference.attention(q, k, v, precision=precision)
+    exact, _ = reference.exact_attention(q, k, v)
+    assert torch.isfinite(out).all()
+    assert reference.error_metrics(out, exact)["relative_l1"] < 0.06
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_zero_inputs(precision):
+    zero = torch.zeros(1, 1, 8, 16, dtype=torch.float16)
+    out, lse = reference.attention(zero, zero, zero, precision=precision)
+    assert torch.equal(out, zero)
+    torch.testing.assert_close(lse, torch.full((1, 1, 8), math.log(8.0)))
+
+
+def test_precision_without_reference():
+    zero = torch.zeros(1, 1, 8, 16, dtype=torch.float16)
+    with pytest.raises(ValueError, match="nvfp4"):
+        reference.attention(zero, zero, zero, precision="nvfp4")
