@@ -10,7 +10,9 @@ WHEEL_SOURCES = CMakeLists.txt pyproject.toml README.md LICENSE requirements-bui
   $(shell find include host kernels build_tools cmake sagert -type f ! -path '*/__pycache__/*' ! -name '.*' 2>/dev/null)
 # `make test` builds the wheel in the environment it tests in, so that the compiler's cache serves both.
 BUILDER := $(BUILD)/$(if $(filter test lint,$(MAKECMDGOALS)),test,build)-venv
-WHEEL = $(firstword $(wildcard $(DIST)/*.whl))
+# Tests import the installed wheel's sagert. The clone comes last on the path (for build_tools and the tests' own helpers), so
+# neither a test's working directory nor pytest may put the clone's sagert, which has no library beside it, in front.
+PYTEST = cd $(CURDIR) && PATH="$(abspath $(BUILD)/test-venv/bin):$$PATH" PYTHONSAFEPATH=1 pytest -o pythonpath= -p sagert
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Makes the wheel the same bytes whenever the same commit is built.
@@ -34,8 +36,8 @@ demo: $(BUILD)/demo-venv/.wheel
 	cd $(BUILD) && demo-venv/bin/python ../examples/demo/demo.py
 
 test: $(BUILD)/test-venv/.wheel lint
-	$(BUILD)/test-venv/bin/python -m build_tools check-wheel $(WHEEL)
-	PATH="$(CURDIR)/$(BUILD)/test-venv/bin:$$PATH" $(BUILD)/test-venv/bin/pytest -m 'gpu or not gpu' -ra $(PYTEST_ARGS) tests
+	$(BUILD)/test-venv/bin/python -m build_tools check-wheel $(DIST)/*.whl
+	$(PYTEST) -m 'gpu or not gpu' -ra $(PYTEST_ARGS) tests
 
 lint: $(BUILD)/test-venv/.ready
 	$(BUILD)/test-venv/bin/ruff check $(PY_DIRS)
@@ -57,7 +59,7 @@ clean:
 $(DIST)/.stamp: $(WHEEL_SOURCES) | $(BUILDER)/.ready
 	@mkdir -p $(DIST)
 	rm -f $(DIST)/*.whl
-	PATH="$(CURDIR)/$(BUILDER)/bin:$$PATH" $(BUILDER)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w $(DIST) .
+	PATH="$(abspath $(BUILDER)/bin):$$PATH" $(BUILDER)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w $(DIST) .
 	@touch $@
 
 $(BUILD)/build-venv/.ready: requirements-build.txt
@@ -70,6 +72,7 @@ $(BUILD)/test-venv/.ready: requirements-build.txt requirements-dev.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q $(TORCH)
 	$(@D)/bin/python -m pip install -q -r requirements-dev.txt
+	@$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs -I{} sh -c 'echo $(CURDIR) > {}/clone.pth'
 	@touch $@
 
 $(BUILD)/demo-venv/.ready: examples/demo/requirements.txt

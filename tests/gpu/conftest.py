@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 HERE = Path(__file__).resolve().parent
+
+# The installed wheel is tested, so the clone's own sagert, which has no library beside it, must not come first.
+sys.path[:] = [str(HERE), *(p for p in sys.path if Path(p).resolve() != HERE.parents[1])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
