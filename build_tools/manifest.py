@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads and checks the manifests: those with kernel templates ([[kernel]]) and those of architectures ([arch], [[row]]).
+"""Reads and checks the manifests: kernel templates ([[kernel]]) and architectures ([arch], [[row]]).
 
 What a manifest may say is what this file reads; see kernels/portable/manifest.toml and kernels/sm90/manifest.toml.
 """

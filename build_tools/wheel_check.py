@@ -47,7 +47,10 @@ def _tag(wheel: Path, archive: zipfile.ZipFile) -> list[str]:
 
 def _library(data: bytes, wanted: set[str]) -> list[str]:
     from elftools.common.exceptions import ELFError
+    from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
+    from elftools.elf.gnuversions import GNUVerNeedSection
+    from elftools.elf.sections import SymbolTableSection
 
     try:
         elf = ELFFile(io.BytesIO(data))
@@ -56,16 +59,17 @@ def _library(data: bytes, wanted: set[str]) -> list[str]:
         versions = elf.get_section_by_name(".gnu.version_r")
     except ELFError as error:
         return [f"library: {LIBRARY} is no ELF file: {error}"]
-    if dynamic is None or symbols is None:
+    if not isinstance(dynamic, DynamicSection) or not isinstance(symbols, SymbolTableSection):
         return [f"library: {LIBRARY} is no shared library"]
     problems = []
     for tag in dynamic.iter_tags():
         kind = tag.entry.d_tag
-        if kind == "DT_NEEDED" and not _NEEDED.fullmatch(tag.needed):
-            problems.append(f"library: linked to {tag.needed}; only libc, libm, libdl, libpthread and ld-linux may be")
+        needed = str(getattr(tag, "needed", ""))
+        if kind == "DT_NEEDED" and not _NEEDED.fullmatch(needed):
+            problems.append(f"library: linked to {needed}; only libc, libm, libdl, libpthread and ld-linux may be")
         elif kind in ("DT_RPATH", "DT_RUNPATH"):
             problems.append(f"library: has {kind[3:]}, link it without")
-    for library, auxiliaries in versions.iter_versions() if versions is not None else ():
+    for library, auxiliaries in versions.iter_versions() if isinstance(versions, GNUVerNeedSection) else ():
         for auxiliary in auxiliaries:
             found = re.fullmatch(r"GLIBC_(\d+)\.(\d+)(?:\.\d+)?", auxiliary.name)
             if found and tuple(map(int, found.groups())) > GLIBC_FLOOR:
