@@ -25,10 +25,11 @@ class Support:
 
 def _reason(answer: Selection, precision: str, rows: list[Row]) -> str:
     """The reasons of the row of this precision that came nearest."""
-    candidates = [answer.reasons.get(row.id, ()) for row in rows if row.precision == precision]
+    candidates: list[tuple[str, ...]] = [answer.reasons.get(row.id, ()) for row in rows if row.precision == precision]
     if not candidates:
         return f"no kernel row of this installation computes {precision}"
-    return "; ".join(min(candidates, key=lambda reasons: len(reasons))) or answer.hint or "refused"
+    nearest = min(candidates, key=len)
+    return "; ".join(nearest) or answer.hint or "refused"
 
 
 def support_table(device: Device, *, dtype: str = "bfloat16", is_causal: bool = False) -> list[Support]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -18,7 +19,12 @@ REPORT_KEYS = [
 
 def command(environment, *arguments, code=0):
     done = subprocess.run(
-        [sys.executable, "-m", "sagert", *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "sagert", *arguments],
+        env=environment,
+        cwd=tempfile.gettempdir(),  # -m looks in the current folder first
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code != 2 else done.stderr

@@ -108,10 +108,13 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
+    empty = torch.empty
+
     def install(**answers):
         lib = Recorder(**answers)
         monkeypatch.setattr(native, "_lib", lib)
         monkeypatch.setattr(ops, "_stream", lambda index: 77)
+        monkeypatch.setattr(ops.torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options))
         return lib
 
     return install
@@ -138,16 +141,6 @@ def run(q, k, v, **options):
     }
     ops._run_cuda(q, k, v, out, lse, **{**arguments, **options})
     return out, lse
-
-
-@pytest.fixture(autouse=True)
-def _workspace_on_cpu(monkeypatch):
-    real = torch.empty
-
-    def empty(*args, device=None, **kwargs):
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ops.torch, "empty", empty)
 
 
 def test_cuda_path_packs_the_arguments(recorder):
