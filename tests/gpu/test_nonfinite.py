@@ -43,7 +43,7 @@ def test_placement(
         for n, h in (("q", 4), ("k", 2), ("v", 2))
     }
     if name == "k":
-        # A query value that INT8 rounds to 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear of 0.
+        # A query value that INT8 rounds to 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear.
         channel = tensors["q"][..., where[0][3]]
         channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
     for index in where:
