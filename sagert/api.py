@@ -20,6 +20,23 @@ _AUTO = PRECISIONS[SETTINGS.precision or "auto"]
 
 def _check_form(q: Tensor, k: Tensor, v: Tensor, layout: str, enable_gqa: bool) -> None:
     """Ranks, dtypes, devices and sizes that must agree whatever the kernel; the registry decides everything else."""
+    heads, length = (2, 1) if layout == "BSHD" else (1, 2)
+    try:
+        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+        if (
+            len(q_shape) == len(k_shape) == len(v_shape) == 4
+            and q.dtype == k.dtype == v.dtype
+            and q.device == k.device == v.device
+            and q.layout == k.layout == v.layout == torch.strided
+            and q_shape[0] == k_shape[0] == v_shape[0]
+            and q_shape[3] == k_shape[3]
+            and k_shape[1] == v_shape[1]
+            and k_shape[2] == v_shape[2]
+            and q_shape[heads] == k_shape[heads]
+        ):
+            return  # the common case, in one look
+    except AttributeError:
+        pass  # not a tensor: named below
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise InvalidArgumentError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor")
@@ -34,7 +51,6 @@ def _check_form(q: Tensor, k: Tensor, v: Tensor, layout: str, enable_gqa: bool) 
             raise InvalidArgumentError(f"{name} is on {tensor.device} but q is on {q.device}: give one device")
         if tensor.layout != torch.strided:
             raise InvalidArgumentError(f"{name} has layout {tensor.layout}: give a dense tensor")
-    heads, length = (2, 1) if layout == "BSHD" else (1, 2)
     if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
         raise InvalidArgumentError(
             f"batch sizes of q, k, v are {q.shape[0]}, {k.shape[0]}, {v.shape[0]}: they must be equal"

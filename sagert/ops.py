@@ -33,8 +33,8 @@ def empty_output(q: Tensor, v: Tensor) -> Tensor:
     b, h, s, _ = q.shape
     dv = v.shape[3]
     if h > 1 and s > 1 and q.stride(1) < q.stride(2):
-        return q.new_empty((b, s, h, dv)).transpose(1, 2)
-    return q.new_empty((b, h, s, dv))
+        return q.new_empty_strided((b, h, s, dv), (s * h * dv, dv, h * dv, 1))
+    return q.new_empty_strided((b, h, s, dv), (h * s * dv, s * dv, dv, 1))
 
 
 def empty_lse(q: Tensor, return_lse: bool) -> Tensor:
