@@ -74,7 +74,7 @@ def inspect(compiled: Compiled) -> Facts:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.cubin)
         usage = _run("cuobjdump", "-res-usage", str(path))
-        sass = opcodes(_run("nvdisasm", "-c", str(path)))
+        sass = opcodes(_run("nvdisasm", "-c", "-ndf", str(path)))
     functions = {name: tuple(map(int, figures)) for name, *figures in _USAGE.findall(usage)}
     symbol = compiled.meta["symbol"]
     if symbol not in functions:

@@ -34,6 +34,7 @@ def compile_job(job: dict[str, Any]) -> None:
     """Compiles `job` (expand.Job as a dictionary, plus folder, out and ptxas)."""
     sys.path.insert(0, job["folder"])
     import triton
+    import triton.runtime.cache as triton_cache
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import sm_arch_from_capability
     from triton.compiler import ASTSource
@@ -44,6 +45,9 @@ def compile_job(job: dict[str, Any]) -> None:
     if not isinstance(original, triton.runtime.JITFunction):
         raise SystemExit(f"{file} has no @triton.jit function {name}")
     _check(original, job)
+    # Half of the time of a small kernel: Triton hashes itself, hundreds of megabytes, to name a cache entry that nobody
+    # will look for (every job has a cache folder of its own).
+    triton_cache.triton_key = lambda: triton.__version__
     symbol = job["symbol"]
     function = triton.jit(original.fn, repr=lambda _: symbol)
     constants = dict(job["constants"])
