@@ -37,6 +37,9 @@ def _make(kernel: Kernel, kernels: Path, store: cache.Cache, progress: Progress)
     if found is None:
         compiler = compile_triton if kernel.job.compiler == "triton" else compile_cuda
         compiled = compiler.compile_job(kernel.job, kernels)
+        source = kernels / kernel.job.source.partition(":")[0]
+        if cache.current_digest(source, kernels) != cache.source_digest(source, kernels):
+            raise BuildError(f"{source} or a file it uses changed while it was being compiled: build again")
         found = compiled.cubin, cubin.inspect(compiled)
         store.put(name, *found)
     progress.advance(f"{kernel.job.arch} {kernel.job.symbol}", cached)

@@ -44,6 +44,11 @@ def _includes(path: Path, kernels: Path) -> list[Path]:
 
 @functools.cache
 def source_digest(path: Path, kernels: Path) -> str:
+    """What current_digest says when this build first asks."""
+    return current_digest(path, kernels)
+
+
+def current_digest(path: Path, kernels: Path) -> str:
     """Hash of a source and of every file of the kernels folder it imports or includes, however indirectly."""
     found: set[Path] = set()
     pending = [path.resolve()]
