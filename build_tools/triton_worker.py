@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,9 +69,13 @@ def compile_job(job: dict[str, Any]) -> None:
     ptx = out / "kernel.ptx"
     ptx.write_text(compiled.asm["ptx"])
     cubin = out / "kernel.cubin"
-    if sm_arch_from_capability(job["capability"]) == job["target"]:
+    assembled_for = sm_arch_from_capability(job["capability"])
+    if assembled_for == job["target"]:
         cubin.write_bytes(compiled.asm["cubin"])
     else:
+        # ptxas wants the PTX to name the target; it still refuses instructions the target lacks.
+        text = compiled.asm["ptx"].replace(f".target {assembled_for}", f".target {job['target']}")
+        ptx.write_text(text)
         command = [job["ptxas"], *_PTXAS_FLAGS, f"--gpu-name={job['target']}", str(ptx), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
