@@ -226,15 +226,19 @@ def attention(
             raise UnsupportedError(reason)
         if not torch.compiler.is_compiling():
             fallback_module.record(reason.split("\n", 1)[0])
-        result = ops.sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale)
-        result = result if out is None else out.copy_(result)
-        return result.transpose(1, 2) if layout == "BSHD" else result
+        exact = ops.sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale)
+        exact = exact if out is None else out.copy_(exact)
+        return exact.transpose(1, 2) if layout == "BSHD" else exact
 
-    if out is None:
+    result: Tensor
+    lse: Tensor | None
+    if ops.is_direct(q, k, v):
+        result, lse = ops.attention_direct(q, k, v, out, scale, is_causal, code, smooth_k, return_lse, sdpa)
+    elif out is None:
         result, lse = ops.attention(q, k, v, scale, is_causal, code, smooth_k, return_lse, sdpa)
     else:
         lse = ops.attention_out(q, k, v, out, scale, is_causal, code, smooth_k, return_lse, sdpa)
         result = out
     if layout == "BSHD":
         result = result.transpose(1, 2)
-    return (result, lse) if return_lse else result
+    return (result, lse) if return_lse else result  # type: ignore[return-value]

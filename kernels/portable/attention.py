@@ -36,11 +36,11 @@ def _attend_block(
             visible = visible & (keys <= row + tl.arange(0, BLOCK_M)[:, None])
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * q_scale)
+    m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # infinite K: no finite score so far
+    alpha = tl.exp2(m - m_ref)
     if PV_FP8:
-        p = tl.exp2(s * q_scale[:, None] - (m_new - LOG2_448)[:, None])
-    else:
-        p = tl.exp2(s * q_scale[:, None] - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
+        m_ref -= LOG2_448
+    p = tl.exp2(s * q_scale[:, None] - m_ref[:, None])
     l = l * alpha + tl.sum(p, 1)
     if PV_FP8:
         v = tl.load(v_ptr + start)
@@ -114,7 +114,9 @@ def attention(
             D, BLOCK_M, BLOCK_N, PV_FP8, CAUSAL, True,
         )  # fmt: skip
 
-    acc = acc * (1.0 / tl.where(l == 0.0, 1.0, l))[:, None]  # l is 0 only without keys
+    if seqlen_k == 0:
+        l += 1.0
+    acc = acc * (1.0 / l)[:, None]  # l is 0, and the result NaN, where every score is -inf
     if PV_FP8:
         acc = acc * tl.load(VScale + bhk * D + d)[None, :]
     if PV_FP8 or CAUSAL:
@@ -133,9 +135,9 @@ def attention(
         Out + b * o_sb + h * o_sh, acc.to(Out.dtype.element_ty), row, seqlen_q, o_ss, o_sd, head_dim_v, o_vec, D, BLOCK_M
     )
     if write_lse != 0:
-        lse = m + tl.log2(l)
+        lse = m + tl.log2(l)  # without keys m is -inf
         if PV_FP8:
-            lse = lse - LOG2_448
+            lse -= LOG2_448
         if shift_lse != 0:
             lse += tl.load(QShift + bh * seqlen_q + rows, mask=inside, other=0.0)
         tl.store(Lse + bh * seqlen_q + rows, lse * LN2, mask=inside)
