@@ -86,7 +86,8 @@ def _run_cuda(
         call.args, 0, native.ARGS.size,
         b, h, k.shape[1], s, k.shape[2], d, v.shape[3],
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
-        lse.data_ptr() if return_lse and lse is not None else 0, 0, 0, _stream(index), scale, dtype, precision, flags, index,
+        lse.data_ptr() if return_lse and lse is not None else 0, 0, 0, _stream(index), scale,
+        dtype, precision, flags, index,
     )  # fmt: skip
     # The size comes from the row the library selects, so a refusal surfaces here, before anything is launched.
     status = lib.sagert_workspace_size(address, call.bytes_address)

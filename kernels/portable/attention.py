@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of the portable family: INT8 Q K^T, then P V in the 16-bit type of the inputs or in FP8 e4m3.
 
-Online softmax in base 2 (FlashAttention-2, arXiv 2307.08691). Scores are exact integers, times the scale of their key and
-the scale of their query, into which the pre-pass has folded softmax_scale * log2(e). FP8: P carries the factor 448 in its
-exponent (SageAttention2, arXiv 2411.10958) and P V goes into the fp32 accumulator once per key block, because the tensor
-core's own accumulator keeps fewer bits.
+Online softmax in base 2 (FlashAttention-2, arXiv 2307.08691). Scores are exact integers, times the scale of their key
+and the scale of their query, into which the pre-pass has folded softmax_scale * log2(e). FP8: P carries the factor 448
+in its exponent (SageAttention2, arXiv 2411.10958) and P V goes into the fp32 accumulator once per key block, because
+the tensor core's own accumulator keeps fewer bits.
 
 Workspace layouts are those of prepass.py. V is the workspace's copy or, 16-bit and aligned, the caller's own tensor.
 """
@@ -131,9 +131,8 @@ def attention(
             first_neg = tl.load(VFirst + 2 * bhk * D + D + d)
             acc = tl.where(first_pos[None, :] <= seen, acc + float("inf"), acc)
             acc = tl.where(first_neg[None, :] <= seen, acc + float("-inf"), acc)
-    store_tile(
-        Out + b * o_sb + h * o_sh, acc.to(Out.dtype.element_ty), row, seqlen_q, o_ss, o_sd, head_dim_v, o_vec, D, BLOCK_M
-    )
+    out = acc.to(Out.dtype.element_ty)
+    store_tile(Out + b * o_sb + h * o_sh, out, row, seqlen_q, o_ss, o_sd, head_dim_v, o_vec, D, BLOCK_M)
     if write_lse != 0:
         lse = m + tl.log2(l)  # without keys m is -inf
         if PV_FP8:

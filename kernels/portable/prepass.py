@@ -34,7 +34,10 @@ def _nan_max(a, b):
 
 @triton.jit
 def _quantize_rows(x):
-    """INT8 values (as fp32), half to even, and largest magnitudes of the rows of x [BLOCK, D]; amax keeps inf and NaN."""
+    """INT8 values (as fp32, half to even), scales and largest magnitudes of the rows of x [BLOCK, D].
+
+    inf and NaN stay in the scales and magnitudes.
+    """
     amax = tl.reduce(tl.abs(x), 1, _nan_max)
     inv = tl.where(amax < TINY, 0.0, 127.0 / tl.where(amax < TINY, 1.0, amax))
     # An infinite amax gives inv 0: finite entries become 0, infinite ones are set apart.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads and stores of [BLOCK, D] tiles of the caller's tensors: vectors where the layout allows, elements otherwise.
 
-The host promises, by `vec`, a unit last stride, 16-byte aligned rows and a head dim of exactly D; the pointer hints below
-pass the promise on. One kernel then serves every stride, offset and head dim.
+The host promises, by `vec`, a unit last stride, 16-byte aligned rows and a head dim of exactly D; the pointer hints
+below pass the promise on. One kernel then serves every stride, offset and head dim.
 """
 
 import triton

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corrections to Triton's CPU interpreter, which executes the portable kernels in the tests.
 
-Its casts from fp32 to fp8 and bfloat16 do not round to nearest even, and those to fp8 do not saturate; its dot multiplies the bit patterns of bfloat16; a
-reduction with a custom combine function visits one element at a time.
+Its casts from fp32 to fp8 and bfloat16 do not round to nearest even, and those to fp8 do not saturate; its dot
+multiplies the bit patterns of bfloat16; a reduction with a custom combine function visits one element at a time.
 """
 
 import numpy as np

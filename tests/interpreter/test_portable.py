@@ -29,9 +29,7 @@ SHAPES = [
 def make(shape, dtype, seed=0):
     b, h, hk, s, sk, d = shape
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (
-        torch.randn(b, n, m, d, generator=generator).to(dtype) for n, m in ((h, s), (hk, sk), (hk, sk))
-    )
+    q, k, v = (torch.randn(b, n, m, d, generator=generator).to(dtype) for n, m in ((h, s), (hk, sk), (hk, sk)))
     return q, k + 1.5, v
 
 
