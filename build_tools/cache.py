@@ -61,8 +61,14 @@ def current_digest(path: Path, kernels: Path) -> str:
         pending += [other.resolve() for other in following]
     total = hashlib.sha256()
     for current in sorted(found):
-        total.update(current.name.encode() + b"\0" + hashlib.sha256(current.read_bytes()).digest())
+        total.update(current.name.encode() + b"\0" + hashlib.sha256(_content(current)).digest())
     return total.hexdigest()
+
+
+def _content(path: Path) -> bytes:
+    """What of a source can matter: of Python, whose line numbers reach no cubin, not the comments and the layout."""
+    data = path.read_bytes()
+    return ast.dump(ast.parse(data)).encode() if path.suffix == ".py" else data
 
 
 @functools.cache

@@ -101,6 +101,9 @@ def test_cache_key_covers_the_sources(kernels: Path) -> None:
     cache.source_digest.cache_clear()
     assert cache.key(job, kernels) == before
     helper = kernels / "portable" / "helper.py"
+    helper.write_text(helper.read_text() + "\n\n# A comment changes nothing.\n")
+    cache.source_digest.cache_clear()
+    assert cache.key(job, kernels) == before
     helper.write_text(helper.read_text().replace("x + x", "2 * x"))
     cache.source_digest.cache_clear()
     assert cache.key(job, kernels) != before
