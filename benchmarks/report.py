@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def environment() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": command("git", "rev-parse", "HEAD"),
+        "commit": os.environ.get("SAGERT_COMMIT") or command("git", "rev-parse", "HEAD"),  # set where no clone is
         "dirty": bool(command("git", "status", "--porcelain", "--untracked-files=no")),
         "command": " ".join(["python", *sys.argv]),
         "device": properties.name,

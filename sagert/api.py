@@ -97,8 +97,12 @@ def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         return
     if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
         raise InvalidArgumentError("out is an expanded tensor whose elements share memory: pass out.contiguous()")
-    start, end = _extent(out)
+    storage = out.untyped_storage().data_ptr()
+    start, end = 0, 0
     for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.untyped_storage().data_ptr() != storage:
+            continue
+        start, end = _extent(out)
         first, last = _extent(tensor)
         if start < last and first < end:
             raise InvalidArgumentError(f"out shares memory with {name}: give it memory of its own")

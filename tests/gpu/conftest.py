@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -17,7 +16,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 
 # The installed wheel is tested, so the clone's own sagert, which has no library beside it, must not come first.
-sys.path[:] = [str(HERE), *(p for p in sys.path if Path(p).resolve() != HERE.parents[1])]
+# benchmarks/ says what a result was measured on.
+sys.path[:] = [str(HERE), str(HERE.parents[1] / "benchmarks"), *(p for p in sys.path if Path(p).resolve() != HERE.parents[1])]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -91,15 +91,11 @@ class Record:
         self.points.setdefault(precision, []).append(point)
 
     def summary(self) -> dict[str, Any]:
-        import torch
-
-        import sagert
+        from report import clocks, environment
 
         out: dict[str, Any] = {
-            "sagert": sagert.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(),
+            "environment": environment(),
+            "clocks_after": clocks(),
             "seconds": round(time.time() - self.started, 1),
             "measure": "relative L1 against exact float64 attention on N(0,1) inputs",
             "precisions": {},
