@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 
 # The installed wheel is tested, so the clone's own sagert, which has no library beside it, must not come first.
 # benchmarks/ says what a result was measured on.
-sys.path[:] = [str(HERE), str(HERE.parents[1] / "benchmarks"), *(p for p in sys.path if Path(p).resolve() != HERE.parents[1])]
+KEPT = [p for p in sys.path if Path(p).resolve() != HERE.parents[1]]
+sys.path[:] = [str(HERE), str(HERE.parents[1] / "benchmarks"), *KEPT]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
