@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -146,7 +147,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 yes, 1 no, 2 a malformed call."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.function(options))
+        status = int(options.function(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the exit's flush does not fail too
+        return 0
     except SagertError as error:
         sys.stderr.write(f"sagert: {error}\n")
         return 2

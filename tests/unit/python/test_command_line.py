@@ -51,6 +51,21 @@ def test_help(subprocess_environment):
         assert "--json" in command(subprocess_environment, name, "--help")
 
 
+def test_a_reader_that_stops_early_is_no_error(subprocess_environment, library):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sagert", "list"],
+        env=subprocess_environment,
+        cwd=tempfile.gettempdir(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
 def test_doctor_without_a_driver(no_driver):
     report = json.loads(command(no_driver, "doctor", "--json", code=1))
     assert list(report) == REPORT_KEYS
