@@ -7,6 +7,7 @@ tensors outside every tracing mode take `attention_direct`, which costs none of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def _run_cuda(
     precision: int,
     smooth_k: bool,
     return_lse: bool,
-    fallback_sdpa: bool,
+    fallback_sdpa: bool = False,
 ) -> None:
     """One native call on the current stream of q's device. The current device stays as it is."""
     flags = (1 if is_causal else 0) | (2 if return_lse else 0) | (0 if smooth_k else 32)
@@ -158,7 +159,7 @@ def _run_cpu(
     precision: int,
     smooth_k: bool,
     return_lse: bool,
-    fallback_sdpa: bool,
+    fallback_sdpa: bool = False,
 ) -> None:
     """The reference: same arithmetic as the kernels, for every precision that has one; auto is int8_fp16."""
     name = codes.PRECISION_NAMES.get(precision, str(precision))
@@ -184,99 +185,35 @@ def _run_cpu(
         lse.copy_(result_lse)
 
 
-def _attention_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    out, lse = empty_output(q, v), empty_lse(q, return_lse)
-    _run_cuda(q, k, v, out, lse, scale, is_causal, precision, smooth_k, return_lse, fallback_sdpa)
-    return out, lse
+# Operators take (q, k, v, [out,] *request), `request` in the order of _REQUEST; torch leaves out arguments that have
+# their default value.
+_RETURN_LSE = 4
 
 
-def _attention_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    out, lse = empty_output(q, v), empty_lse(q, return_lse)
-    _run_cpu(q, k, v, out, lse, scale, is_causal, precision, smooth_k, return_lse, fallback_sdpa)
-    return out, lse
+def _returning(run: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The implementation of sagert::attention that computes with `run`."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *request: Any) -> tuple[Tensor, Tensor]:
+        out, lse = empty_output(q, v), empty_lse(q, request[_RETURN_LSE])
+        run(q, k, v, out, lse, *request)
+        return out, lse
+
+    return attention
 
 
-def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> tuple[Tensor, Tensor]:
-    return empty_output(q, v), empty_lse(q, return_lse)
+def _writing(run: Callable[..., None]) -> Callable[..., Tensor]:
+    """The implementation of sagert::attention_out that computes with `run`."""
+
+    def attention_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *request: Any) -> Tensor:
+        lse = empty_lse(q, request[_RETURN_LSE])
+        run(q, k, v, out, lse, *request)
+        return lse
+
+    return attention_out
 
 
-def _attention_out_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> Tensor:
-    lse = empty_lse(q, return_lse)
-    _run_cuda(q, k, v, out, lse, scale, is_causal, precision, smooth_k, return_lse, fallback_sdpa)
-    return lse
-
-
-def _attention_out_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> Tensor:
-    lse = empty_lse(q, return_lse)
-    _run_cpu(q, k, v, out, lse, scale, is_causal, precision, smooth_k, return_lse, fallback_sdpa)
-    return lse
-
-
-def _attention_out_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    scale: float,
-    is_causal: bool,
-    precision: int,
-    smooth_k: bool,
-    return_lse: bool,
-    fallback_sdpa: bool = False,
-) -> Tensor:
-    return empty_lse(q, return_lse)
+def _run_fake(*_: Any) -> None:
+    """Shapes only."""
 
 
 # The output's strides follow q's, so compiled code must hand over tensors in the order it traced.
@@ -285,12 +222,11 @@ _torch_library: Any = torch.library
 _library = _torch_library.Library("sagert", "DEF")
 _library.define("attention(Tensor q, Tensor k, Tensor v, " + _REQUEST + "(Tensor, Tensor)", tags=_TAGS)
 _library.define("attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, " + _REQUEST + "Tensor", tags=_TAGS)
-_library.impl("attention", _attention_cuda, "CUDA")
-_library.impl("attention", _attention_cpu, "CPU")
-_library.impl("attention_out", _attention_out_cuda, "CUDA")
-_library.impl("attention_out", _attention_out_cpu, "CPU")
-_torch_library.register_fake("sagert::attention", _attention_fake, lib=_library)
-_torch_library.register_fake("sagert::attention_out", _attention_out_fake, lib=_library)
+for _key, _run in (("CUDA", _run_cuda), ("CPU", _run_cpu)):
+    _library.impl("attention", _returning(_run), _key)
+    _library.impl("attention_out", _writing(_run), _key)
+_torch_library.register_fake("sagert::attention", _returning(_run_fake), lib=_library)
+_torch_library.register_fake("sagert::attention_out", _writing(_run_fake), lib=_library)
 
 attention = torch.ops.sagert.attention.default
 attention_out = torch.ops.sagert.attention_out.default
