@@ -71,7 +71,11 @@ def _run_cuda(
     fallback_sdpa: bool = False,
 ) -> None:
     """One native call on the current stream of q's device. The current device stays as it is."""
-    flags = (1 if is_causal else 0) | (2 if return_lse else 0) | (0 if smooth_k else 32)
+    flags = codes.FLAG_CAUSAL if is_causal else 0
+    if return_lse:
+        flags |= codes.FLAG_LSE
+    if not smooth_k:
+        flags |= codes.FLAG_NO_SMOOTH_K
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         flags |= codes.FLAG_GRAD
     device: torch.device = q.device
@@ -87,8 +91,7 @@ def _run_cuda(
         call.args, 0, native.ARGS.size,
         b, h, k.shape[1], s, k.shape[2], d, v.shape[3],
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
-        lse.data_ptr() if return_lse and lse is not None else 0, 0, 0, _stream(index), scale,
-        dtype, precision, flags, index,
+        0 if lse is None else lse.data_ptr(), 0, 0, _stream(index), scale, dtype, precision, flags, index,
     )  # fmt: skip
     # The size comes from the row the library selects, so a refusal surfaces here, before anything is launched.
     status = lib.sagert_workspace_size(address, call.bytes_address)
