@@ -11,14 +11,15 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
-#ifndef PROMOTE
-#define PROMOTE 0
+#ifndef SPLIT_A
+#define SPLIT_A 24
 #endif
-#ifndef ORDER
-#define ORDER 1
+#ifndef SPLIT_B
+#define SPLIT_B 48
 #endif
-#ifndef OVERLAP
-#define OVERLAP 1
+#ifndef PRODUCER_REGS
+#define PRODUCER_REGS 40
+#define CONSUMER_REGS 232
 #endif
 
 namespace sagert {
@@ -36,8 +37,11 @@ constexpr float kLog2PScale = 8.807354922057604f;  // log2(448): P arrives in e4
 struct Shared {
   int8_t k[kStages][kTileBytes];
   int8_t v[kStages][kTileBytes];
+  int8_t q[2][kRows * kHeadDim];
   float k_scale[kStages][4];
-  uint64_t full_k[kStages], full_v[kStages], empty_k[kStages], empty_v[kStages];
+  float q_scale[2][kRows];
+  float v_scale[2][kHeadDim], v_mean[2][kHeadDim];
+  uint64_t full_k[kStages], full_v[kStages], empty_k[kStages], empty_v[kStages], full_q[2], empty_q[2];
 };
 
 // Descriptor of a K-major operand whose rows are `row_bytes` (64 or 128), swizzled over them.
@@ -86,19 +90,6 @@ struct Ring {
     }
   }
 };
-
-template <int group>
-__device__ __forceinline__ void order_enter() {
-#if ORDER
-  named_sync<1 + group, 256>();
-#endif
-}
-template <int group>
-__device__ __forceinline__ void order_leave() {
-#if ORDER
-  named_arrive<2 - group, 256>();
-#endif
-}
 
 struct Params {
   const uint16_t* Q;
@@ -163,217 +154,255 @@ __device__ __forceinline__ void produce(const Params& p, Shared& s) {
   }
 }
 
-template <int group>
-__device__ __forceinline__ void consume(const Params& p, Shared& s) {
-  const int thread = threadIdx.x % 128, lane = thread % 32, quad = lane % 4;
-  const int warp = thread / 32;
-  const bool leader = lane == 0;
-  Ring kr, vr;
+
+// Loads and quantizes the queries of each tile: 3 warps, 4 lanes to a row.
+__device__ __forceinline__ void quantize_queries(const Params& p, Shared& s) {
+  const int thread = threadIdx.x - 32, quad = thread % 4;
+  int slot = 0;
+  uint32_t parity = 0;
   int total = p.tiles * p.heads_total;
-#if ORDER
-  if (group == 1) named_arrive<1, 256>();
-#endif
   for (int index = blockIdx.x; index < total; index += gridDim.x) {
     Tile t = tile_at(p, index);
-    int row0 = t.row + group * 64 + warp * 16 + lane / 4;
-    // Q: load, quantize.
-    uint32_t q[kHeadDim / 8];
-    float qs[2];
-    {
-      uint32_t raw[2][kHeadDim / 8];
-      const uint16_t* base = p.Q + t.bh / p.heads_q * p.q_sb + t.bh % p.heads_q * p.q_sh;
+    mbarrier_wait(shared_address(&s.empty_q[slot]), parity ^ 1);
+    const uint16_t* base = p.Q + t.bh / p.heads_q * p.q_sb + t.bh % p.heads_q * p.q_sh;
+    constexpr int kPerLane = kHeadDim / 4, kVectors = kPerLane / 8;
+    for (int r = thread / 4; r < kRows; r += 24) {
+      int row = t.row + r;
+      uint4 x[kVectors];
+      float amax = 0;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int row = row0 + 8 * r;
-        float amax = 0;
+      for (int i = 0; i < kVectors; ++i) {
+        x[i] = make_uint4(0, 0, 0, 0);
+        if (row < p.seqlen_q) x[i] = *reinterpret_cast<const uint4*>(base + row * p.q_ss + (quad * kVectors + i) * 8);
+      }
 #pragma unroll
-        for (int i = 0; i < kHeadDim / 16; ++i) {
-          uint2 x = make_uint2(0, 0);
-          if (row < p.seqlen_q) x = *reinterpret_cast<const uint2*>(base + row * p.q_ss + 16 * i + 4 * quad);
-          raw[r][2 * i] = x.x;
-          raw[r][2 * i + 1] = x.y;
-          amax = fmaxf(amax, fmaxf(fmaxf(fabsf(low_io(x.x)), fabsf(high_io(x.x))), fmaxf(fabsf(low_io(x.y)), fabsf(high_io(x.y)))));
+      for (int i = 0; i < kVectors; ++i) {
+        uint32_t w[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) amax = fmaxf(amax, fmaxf(fabsf(low_io(w[e])), fabsf(high_io(w[e]))));
+      }
+      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
+      amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
+      float inv = amax < 1e-30f ? 0.f : 127.f / amax;
+      if (quad == 0) s.q_scale[slot][r] = amax * (1.f / 127.f) * p.scale_log2;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        uint32_t w[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+        uint32_t packed[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          uint32_t b0 = __float_as_uint(fmaf(low_io(w[2 * e]), inv, 12582912.f));
+          uint32_t b1 = __float_as_uint(fmaf(high_io(w[2 * e]), inv, 12582912.f));
+          uint32_t b2 = __float_as_uint(fmaf(low_io(w[2 * e + 1]), inv, 12582912.f));
+          uint32_t b3 = __float_as_uint(fmaf(high_io(w[2 * e + 1]), inv, 12582912.f));
+          packed[e] = __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
         }
-        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 1));
-        amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, 2));
-        float inv = amax < 1e-30f ? 0.f : 127.f / amax;
-        qs[r] = amax * (1.f / 127.f) * p.scale_log2;
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 16; ++i) {
-          uint32_t b0 = __float_as_uint(fmaf(low_io(raw[r][2 * i]), inv, 12582912.f));
-          uint32_t b1 = __float_as_uint(fmaf(high_io(raw[r][2 * i]), inv, 12582912.f));
-          uint32_t b2 = __float_as_uint(fmaf(low_io(raw[r][2 * i + 1]), inv, 12582912.f));
-          uint32_t b3 = __float_as_uint(fmaf(high_io(raw[r][2 * i + 1]), inv, 12582912.f));
-          uint32_t packed = __byte_perm(__byte_perm(b0, b1, 0x0040), __byte_perm(b2, b3, 0x0040), 0x5410);
-          q[(i / 2) * 4 + (i % 2) * 2 + r] = packed;
-        }
+        int vector = quad * kVectors + i;  // 8 channels
+        int chunk = vector / 2 ^ (kHeadDim == 128 ? r & 7 : (r >> 1) & 3);
+        *reinterpret_cast<uint2*>(&s.q[slot][r * kHeadDim + chunk * 16 + vector % 2 * 8]) = make_uint2(packed[0], packed[1]);
       }
     }
-    int32_t sc[64];
-    float o[kHeadDim / 2];
-#if PROMOTE
-    float acc[kHeadDim / 2];
-    float a_prev[2] = {1.f, 1.f};
-#endif
-    uint32_t pk[16];
-    float m[2] = {-3.4e38f, -3.4e38f}, l[2] = {0.f, 0.f};
+    const int64_t head = static_cast<int64_t>(t.bh / p.group) * kHeadDim;
+    for (int i = thread; i < kHeadDim; i += 96) {
+      s.v_scale[slot][i] = p.VScale[head + i];
+      s.v_mean[slot][i] = p.VMean[head + i];
+    }
+    fence_async_shared();
+    mbarrier_arrive(shared_address(&s.full_q[slot]));
+    slot ^= 1;
+    if (slot == 0) parity ^= 1;
+  }
+}
 
-    auto qk = [&](int stage) {
-      uint64_t b = descriptor(shared_address(s.k[stage]), kHeadDim);
-      wgmma_s8<0>(sc, q, b);
-#pragma unroll
-      for (int k = 1; k < kHeadDim / 32; ++k) wgmma_s8<1>(sc, q + 4 * k, b + 2 * k);
-      wgmma_commit();
-    };
-    auto pv = [&](int stage) {
-      uint64_t b = descriptor(shared_address(s.v[stage]), 128);
-      wgmma_fence();
-      wgmma_e4m3<PROMOTE ? 0 : 1>(o, pk, b);
-#pragma unroll
-      for (int k = 1; k < kBlock / 32; ++k) wgmma_e4m3<1>(o, pk + 4 * k, b + 2 * k);
-      wgmma_commit();
-    };
-    float alpha[2];
-    auto softmax = [&](int stage) {
-      float ks = s.k_scale[stage][quad];
-      float c0 = qs[0] * ks, c1 = qs[1] * ks;
-      int i0 = max(sc[0], sc[1]), i1 = max(sc[2], sc[3]);
-#pragma unroll
-      for (int i = 4; i < 64; i += 4) {
-        i0 = max(max(i0, sc[i]), sc[i + 1]);
-        i1 = max(max(i1, sc[i + 2]), sc[i + 3]);
-      }
-      float x0 = fmaf(static_cast<float>(i0), c0, -kLog2PScale), x1 = fmaf(static_cast<float>(i1), c1, -kLog2PScale);
-      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, 1));
-      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, 1));
-      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, 2));
-      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, 2));
-      float n0 = fmaxf(m[0], x0), n1 = fmaxf(m[1], x1);
-      alpha[0] = exp2_approx(m[0] - n0);
-      alpha[1] = exp2_approx(m[1] - n1);
-      m[0] = n0;
-      m[1] = n1;
-      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma unroll
-      for (int i = 0; i < 64; i += 4) {
-        float e0 = exp2_approx(fmaf(static_cast<float>(sc[i]), c0, -n0));
-        float e1 = exp2_approx(fmaf(static_cast<float>(sc[i + 1]), c0, -n0));
-        float e2 = exp2_approx(fmaf(static_cast<float>(sc[i + 2]), c1, -n1));
-        float e3 = exp2_approx(fmaf(static_cast<float>(sc[i + 3]), c1, -n1));
-        s0 += e0;
-        s1 += e1;
-        s2 += e2;
-        s3 += e3;
-        sc[i] = __float_as_int(e0);
-        sc[i + 1] = __float_as_int(e1);
-        sc[i + 2] = __float_as_int(e2);
-        sc[i + 3] = __float_as_int(e3);
-      }
-      l[0] = fmaf(l[0], alpha[0], s0 + s1);
-      l[1] = fmaf(l[1], alpha[1], s2 + s3);
-    };
-    auto pack = [&]() {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        auto e = [&](int i) { return __int_as_float(sc[8 * j + i]); };
-        pk[2 * j] = pack_halves(to_e4m3x2(e(0), e(1)), to_e4m3x2(e(4), e(5)));
-        pk[2 * j + 1] = pack_halves(to_e4m3x2(e(2), e(3)), to_e4m3x2(e(6), e(7)));
-      }
-    };
-    auto mask = [&](int key0) {
-#pragma unroll
-      for (int i = 0; i < 64; ++i) {
-        int key = key0 + 8 * (i / 4) + 2 * quad + (i & 1);
-        int limit = p.seqlen_k;
-#if CAUSAL
-        limit = min(limit, row0 + 8 * ((i / 2) & 1) + 1);
-#endif
-        if (key >= limit) sc[i] = -(1 << 30);
-      }
-    };
+// What the softmax of one block of keys needs: exponents are c * score + b.
+struct Scaling {
+  float c[2], b[2], alpha[2];
+};
 
+struct Consumer {
+  const Params& p;
+  Shared& s;
+  int quad, q_row;  // row of this thread within the tile
+  bool leader;
+  Ring kr, vr;
+  int q_slot = 0;
+  uint32_t q_parity = 0;
+  uint64_t q_descriptor;
+  float q_scale[2];
+  float m[2], l[2];
+  float o[kHeadDim / 2];
 
+  __device__ __forceinline__ Consumer(const Params& p, Shared& s) : p(p), s(s) {}
 
-    // First block.
+  __device__ __forceinline__ void issue_qk(int32_t (&sc)[64]) {
     mbarrier_wait(shared_address(&s.full_k[kr.stage]), kr.parity);
-    order_enter<group>();
+    uint64_t b = descriptor(shared_address(s.k[kr.stage]), kHeadDim);
     wgmma_fence();
-    qk(kr.stage);
-    order_leave<group>();
-    wgmma_wait<0>();
-    pin(sc);
-    if (CAUSAL || t.blocks * kBlock > p.seqlen_k) mask((t.blocks - 1) * kBlock);
-    softmax(kr.stage);
+    wgmma_s8<0>(sc, q_descriptor, b);
+#pragma unroll
+    for (int k = 1; k < kHeadDim / 32; ++k) wgmma_s8<1>(sc, q_descriptor + 2 * k, b + 2 * k);
+    wgmma_commit();
+  }
+  // P stands in the first 16 registers of its scores.
+  __device__ __forceinline__ void issue_pv(int32_t (&sc)[64]) {
+    mbarrier_wait(shared_address(&s.full_v[vr.stage]), vr.parity);
+    uint64_t b = descriptor(shared_address(s.v[vr.stage]), 128);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlock / 32; ++k) wgmma_e4m3<1>(o, reinterpret_cast<uint32_t*>(sc + 4 * k), b + 2 * k);
+    wgmma_commit();
+  }
+  __device__ __forceinline__ void release_k() {
     if (leader) mbarrier_arrive(shared_address(&s.empty_k[kr.stage]));
     kr.advance();
-    pack();
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) {
-      o[i] = 0.f;
-#if PROMOTE
-      acc[i] = 0.f;
-#endif
-    }
-
-#pragma unroll 1
-    for (int j = 1; j < t.blocks; ++j) {
-#if OVERLAP
-      mbarrier_wait(shared_address(&s.full_k[kr.stage]), kr.parity);
-      order_enter<group>();
-      pin(sc);
-      pin(o);
-      pin(pk);
-      wgmma_fence();
-      qk(kr.stage);
-      mbarrier_wait(shared_address(&s.full_v[vr.stage]), vr.parity);
-      pv(vr.stage);
-      order_leave<group>();
-      wgmma_wait<1>();
-      pin(sc);
-      softmax(kr.stage);
-      if (leader) mbarrier_arrive(shared_address(&s.empty_k[kr.stage]));
-      kr.advance();
-#if PROMOTE
-      if (__any_sync(~0u, l[0] + l[1] > 1e37f)) __nanosleep(1);
-      wgmma_wait<0>();
-      pin(o);
-      pin(pk);
-      if (leader) mbarrier_arrive(shared_address(&s.empty_v[vr.stage]));
-      vr.advance();
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) acc[i] = fmaf(acc[i], a_prev[(i >> 1) & 1], o[i]);
-      a_prev[0] = alpha[0];
-      a_prev[1] = alpha[1];
-#else
-      bool rescale = __any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f || !(l[0] + l[1] < 1e37f));
-      if (rescale) __nanosleep(0);
-      wgmma_wait<0>();
-      pin(o);
-      pin(pk);
-      if (leader) mbarrier_arrive(shared_address(&s.empty_v[vr.stage]));
-      vr.advance();
-      if (rescale) {
-#pragma unroll
-        for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[(i >> 1) & 1];
-      }
-#endif
-      pack();
-#endif
-    }
-    mbarrier_wait(shared_address(&s.full_v[vr.stage]), vr.parity);
-    pin(o);
-    pin(pk);
-    wgmma_fence();
-    pv(vr.stage);
-    wgmma_wait<0>();
-    pin(o);
+  }
+  __device__ __forceinline__ void release_v() {
     if (leader) mbarrier_arrive(shared_address(&s.empty_v[vr.stage]));
     vr.advance();
-#if PROMOTE
+  }
+  // Row maxima on the raw integers.
+  __device__ __forceinline__ Scaling reduce(const int32_t (&sc)[64], float k_scale) {
+    Scaling z;
+    int top[2][2];
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = fmaf(acc[i], a_prev[(i >> 1) & 1], o[i]);
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        top[r][h] = max(sc[32 * h + 2 * r], sc[32 * h + 2 * r + 1]);
+#pragma unroll
+        for (int i = 4; i < 32; i += 4) top[r][h] = max(max(top[r][h], sc[32 * h + i + 2 * r]), sc[32 * h + i + 2 * r + 1]);
+      }
+      z.c[r] = q_scale[r] * k_scale;
+      float x = fmaf(static_cast<float>(max(top[r][0], top[r][1])), z.c[r], -kLog2PScale);
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+      x = fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+      x = fmaxf(m[r], x);
+      z.alpha[r] = exp2_approx(m[r] - x);
+      m[r] = x;
+      z.b[r] = -x;
+    }
+    return z;
+  }
+  template <int first, int last>
+  __device__ __forceinline__ void exponentiate(int32_t (&sc)[64], const Scaling& z, float (&sum)[4]) {
+#pragma unroll
+    for (int i = first; i < last; ++i) {
+      int r = i / 2 % 2;
+      float e = exp2_approx(fmaf(static_cast<float>(sc[i]), z.c[r], z.b[r]));
+      sum[i % 4] += e;
+      sc[i] = __float_as_int(e);
+    }
+  }
+  __device__ __forceinline__ void pack(int32_t (&sc)[64]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      auto e = [&](int i) { return __int_as_float(sc[8 * j + i]); };
+      uint32_t upper = pack_halves(to_e4m3x2(e(0), e(1)), to_e4m3x2(e(4), e(5)));
+      uint32_t lower = pack_halves(to_e4m3x2(e(2), e(3)), to_e4m3x2(e(6), e(7)));
+      sc[2 * j] = static_cast<int32_t>(upper);
+      sc[2 * j + 1] = static_cast<int32_t>(lower);
+    }
+  }
+  __device__ __forceinline__ void mask(int32_t (&sc)[64], int key0, int row) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      int key = key0 + 8 * (i / 4) + 2 * quad + (i & 1);
+      int limit = p.seqlen_k;
+#if CAUSAL
+      limit = min(limit, row + 8 * ((i / 2) & 1) + 1);
 #endif
-    // Epilogue.
+      if (key >= limit) sc[i] = -(1 << 30);
+    }
+  }
+  // Ends P V of the block before: O takes the scale of the present block. The vote before it is needed: without a branch
+  // that depends on them, ptxas moves the exponentials below the wait.
+  __device__ __forceinline__ void finish_pv(const Scaling& z, const float (&sum)[4], int32_t (&previous)[64]) {
+    bool rescale = __any_sync(~0u, z.alpha[0] != 1.f || z.alpha[1] != 1.f || !(sum[0] + sum[1] + sum[2] + sum[3] < 1e37f));
+    if (rescale) __nanosleep(0);
+    wgmma_wait<0>();
+    pin(o);
+    pin(previous);
+    if (rescale) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= z.alpha[(i >> 1) & 1];
+    }
+  }
+  __device__ __forceinline__ void add(const Scaling& z, const float (&sum)[4]) {
+    l[0] = fmaf(l[0], z.alpha[0], sum[0] + sum[1]);
+    l[1] = fmaf(l[1], z.alpha[1], sum[2] + sum[3]);
+  }
+  // Block j: `cur` holds its scores; Q K^T of block j + 1 goes into `next` and runs under the exponentials.
+  template <bool first>
+  __device__ __forceinline__ void step(int32_t (&cur)[64], int32_t (&next)[64], Scaling& z) {
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    exponentiate<0, SPLIT_A>(cur, z, sum);
+    finish_pv(z, sum, next);
+    if (!first) release_v();
+    issue_qk(next);
+    exponentiate<SPLIT_A, SPLIT_B>(cur, z, sum);
+    if (__any_sync(~0u, !(sum[0] + sum[1] + sum[2] + sum[3] < 1e37f))) __nanosleep(0);
+    wgmma_wait<0>();
+    pin(next);
+    float k_scale = s.k_scale[kr.stage][quad];
+    release_k();
+    exponentiate<SPLIT_B, 64>(cur, z, sum);
+    add(z, sum);
+    z = reduce(next, k_scale);
+    pack(cur);
+    pin(cur);
+    pin(o);
+    issue_pv(cur);
+  }
+  __device__ __forceinline__ void last_step(int32_t (&cur)[64], int32_t (&previous)[64], const Scaling& z, bool first) {
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    exponentiate<0, 64>(cur, z, sum);
+    finish_pv(z, sum, previous);
+    add(z, sum);
+    if (!first) release_v();
+    pack(cur);
+    pin(cur);
+    pin(o);
+    issue_pv(cur);
+    wgmma_wait<0>();
+    pin(o);
+    release_v();
+  }
+  __device__ __forceinline__ void run_tile(const Tile& t) {
+    int32_t sa[64], sb[64];
+    const int row = t.row + q_row;
+    mbarrier_wait(shared_address(&s.full_q[q_slot]), q_parity);
+    q_scale[0] = s.q_scale[q_slot][q_row];
+    q_scale[1] = s.q_scale[q_slot][q_row + 8];
+    q_descriptor = descriptor(shared_address(&s.q[q_slot][q_row / 64 * 64 * kHeadDim]), kHeadDim);
+    m[0] = m[1] = -3.4e38f;
+    l[0] = l[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
+    issue_qk(sa);
+    wgmma_wait<0>();
+    pin(sa);
+    float k_scale = s.k_scale[kr.stage][quad];
+    release_k();
+    if (CAUSAL || t.blocks * kBlock > p.seqlen_k) mask(sa, (t.blocks - 1) * kBlock, row);
+    Scaling z = reduce(sa, k_scale);
+    int rest = t.blocks - 1;
+    if (rest == 0) {
+      last_step(sa, sb, z, true);
+    } else {
+      step<true>(sa, sb, z);
+      for (;;) {
+        if (--rest == 0) {
+          last_step(sb, sa, z, false);
+          break;
+        }
+        step<false>(sb, sa, z);
+        if (--rest == 0) {
+          last_step(sa, sb, z, false);
+          break;
+        }
+        step<false>(sa, sb, z);
+      }
+    }
     float inv[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -382,22 +411,32 @@ __device__ __forceinline__ void consume(const Params& p, Shared& s) {
       inv[r] = 1.f / l[r];
     }
     uint16_t* out = p.Out + t.bh / p.heads_q * p.o_sb + t.bh % p.heads_q * p.o_sh;
-    const float* vs = p.VScale + static_cast<int64_t>(t.bh / p.group) * kHeadDim;
-    const float* vm = p.VMean + static_cast<int64_t>(t.bh / p.group) * kHeadDim;
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      float2 sv = *reinterpret_cast<const float2*>(vs + 8 * j + 2 * quad);
-      float2 mv = *reinterpret_cast<const float2*>(vm + 8 * j + 2 * quad);
+      float2 sv = *reinterpret_cast<const float2*>(&s.v_scale[q_slot][8 * j + 2 * quad]);
+      float2 mv = *reinterpret_cast<const float2*>(&s.v_mean[q_slot][8 * j + 2 * quad]);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        int row = row0 + 8 * r;
-        if (row < p.seqlen_q) {
-          *reinterpret_cast<uint32_t*>(out + row * p.o_ss + 8 * j + 2 * quad) =
+        if (row + 8 * r < p.seqlen_q) {
+          *reinterpret_cast<uint32_t*>(out + (row + 8 * r) * p.o_ss + 8 * j + 2 * quad) =
               pack_io(fmaf(o[4 * j + 2 * r] * inv[r], sv.x, mv.x), fmaf(o[4 * j + 2 * r + 1] * inv[r], sv.y, mv.y));
         }
       }
     }
+    if (leader) mbarrier_arrive(shared_address(&s.empty_q[q_slot]));
+    q_slot ^= 1;
+    if (q_slot == 0) q_parity ^= 1;
   }
+};
+
+__device__ __forceinline__ void consume(const Params& p, Shared& s) {
+  Consumer c(p, s);
+  const int thread = threadIdx.x - 128, lane = thread % 32;
+  c.quad = lane % 4;
+  c.q_row = thread / 32 * 16 + lane / 4;
+  c.leader = lane == 0;
+  int total = p.tiles * p.heads_total;
+  for (int index = blockIdx.x; index < total; index += gridDim.x) c.run_tile(tile_at(p, index));
 }
 
 }  // namespace sagert
@@ -413,19 +452,19 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1) attention(sage
       mbarrier_init(shared_address(&s.empty_k[i]), 4 * kGroups);
       mbarrier_init(shared_address(&s.empty_v[i]), 4 * kGroups);
     }
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared_address(&s.full_q[i]), 96);
+      mbarrier_init(shared_address(&s.empty_q[i]), 4 * kGroups);
+    }
     mbarrier_init_fence();
   }
   __syncthreads();
-  int role = threadIdx.x / 128;
-  if (role == 0) {
-    release_registers<24>();
+  if (threadIdx.x < 128) {
+    release_registers<PRODUCER_REGS>();
     if (threadIdx.x == 0) produce(p, s);
+    if (threadIdx.x >= 32) quantize_queries(p, s);
   } else {
-    claim_registers<240>();
-    if (role == 1) {
-      consume<0>(p, s);
-    } else {
-      consume<1>(p, s);
-    }
+    claim_registers<CONSUMER_REGS>();
+    consume(p, s);
   }
 }

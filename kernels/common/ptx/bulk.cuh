@@ -14,4 +14,7 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, const void* sour
                : "memory");
 }
 
+// Orders this thread's writes to shared memory before what the tensor cores and the copy engine read of it later.
+__device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 }  // namespace sagert::ptx
