@@ -56,7 +56,7 @@ def _list(args: argparse.Namespace) -> None:
             axes = " ".join(f"{axis}={value}" for axis, value in variant.axes.items())
             sys.stdout.write(f"  {variant.row.id} {axes}\n")
             for role, index in variant.kernels.items():
-                sys.stdout.write(f"    {role}: {plan.kernels[index].job.symbol}\n")
+                sys.stdout.write(f"    {role}: {plan.kernels[index].job.label}\n")
 
 
 def _bundles(args: argparse.Namespace) -> None:

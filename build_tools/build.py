@@ -42,7 +42,7 @@ def _make(kernel: Kernel, kernels: Path, store: cache.Cache, progress: Progress)
             raise BuildError(f"{source} or a file it uses changed while it was being compiled: build again")
         found = compiled.cubin, cubin.inspect(compiled)
         store.put(name, *found)
-    progress.advance(f"{kernel.job.arch} {kernel.job.symbol}", cached)
+    progress.advance(f"{kernel.job.arch} {kernel.job.label}", cached)
     return found
 
 
@@ -56,12 +56,11 @@ def build(todo: list[Plan], kernels: Path, store: cache.Cache, jobs: int | None 
         try:
             for plan, results in zip(todo, futures, strict=True):
                 built: list[Built] = []
-                every = [kernel.job for kernel in plan.kernels]
                 for kernel, result in zip(plan.kernels, results, strict=True):
                     try:
                         data, facts = result.result()
                         gates.check(kernel, facts, plan.manifest.arch.shared_limit)
-                        built.append(Built(kernel, expand.file_name(kernel.job, every), data, facts))
+                        built.append(Built(kernel, expand.file_name(kernel.job), data, facts))
                     except BuildError as error:
                         failures.append(str(error))
                 bundles.append(Bundle(plan, tuple(built)))

@@ -72,10 +72,11 @@ def _content(path: Path) -> bytes:
 
 
 @functools.cache
-def _own_digest() -> str:
+def _own_digest(compiler: str) -> str:
     """Hash of the build tools that shape what is cached."""
     total = hashlib.sha256()
-    for name in ("triton_worker.py", "compile_triton.py", "compile_cuda.py", "cubin.py"):
+    used = {"triton": ("triton_worker.py", "compile_triton.py"), "cuda": ("compile_cuda.py",)}
+    for name in (*used[compiler], "cubin.py"):
         total.update(Path(__file__).with_name(name).read_bytes())
     return total.hexdigest()
 
@@ -83,7 +84,12 @@ def _own_digest() -> str:
 def key(job: Job, kernels: Path) -> str:
     """The name under which a job's result is kept."""
     tools = toolchain.triton_version() + (", " + toolchain.nvrtc_version() if job.compiler == "cuda" else "")
-    parts = [job.digest(), source_digest(kernels / job.source.partition(":")[0], kernels), tools, _own_digest()]
+    parts = [
+        job.digest(),
+        source_digest(kernels / job.source.partition(":")[0], kernels),
+        tools,
+        _own_digest(job.compiler),
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

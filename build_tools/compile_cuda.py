@@ -52,6 +52,8 @@ def options(job: Job, kernels: Path) -> list[str]:
     for name, kind in job.args:
         if kind.startswith("*"):
             found.append(f"-D{name.upper()}_{kind[1:].upper()}=1")
+        elif kind == "tensormap":
+            found.append(f"-D{name.upper()}_TENSORMAP=1")
     return found
 
 
@@ -70,7 +72,7 @@ def compile_job(job: Job, kernels: Path) -> Compiled:
             log = (
                 _text(program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog").rstrip(b"\0\n").decode(errors="replace")
             )
-            raise CompileError(f"{job.arch}: {job.symbol} ({job.source}) for {job.target}: NVRTC refused it:\n{log}")
+            raise CompileError(f"{job.arch}: {job.label} ({job.source}) for {job.target}: NVRTC refused it:\n{log}")
         cubin = _text(program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
         ptx = _text(program, "nvrtcGetPTXSize", "nvrtcGetPTX").rstrip(b"\0").decode()
     finally:

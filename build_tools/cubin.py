@@ -17,7 +17,9 @@ from build_tools.toolchain import triton_bin
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 _USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)(\s+\.ptr)?[^,\n]*?_param_\d+(\[\d+\])?")
+_PARAM = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)(\s+\.ptr)?[^,\n]*?_param_\d+(\[\d+\])?")
+_TARGET = re.compile(r"^\.target\s+sm_(\d+)", re.MULTILINE)
+_RESERVED = 1024  # shared memory the system takes of every block from capability 9.0 on; SHARED includes it there
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ def _run(tool: str, *args: str) -> str:
 
 
 def ptx_params(ptx: str, symbol: str) -> tuple[str, ...]:
-    """Types of a kernel's parameters in order: "ptr" for pointers, else PTX's own (u32, f32, b8[128] ...)."""
+    """Types of a kernel's parameters in order: "ptr" for pointers, else PTX's own (u32, b8[128] align 64 ...)."""
     start = re.search(rf"\.entry\s+{re.escape(symbol)}\s*\(", ptx)
     if start is None:
         raise BuildError(f"the PTX has no kernel {symbol}")
     header = ptx[start.end() : ptx.index(")", start.end())]
-    return tuple("ptr" if ptr else kind + (array or "") for kind, ptr, array in _PARAM.findall(header))
+    return tuple(
+        "ptr" if ptr else f"{kind}{array} align {align}" if array else kind
+        for align, kind, ptr, array in _PARAM.findall(header)
+    )
 
 
 def opcodes(sass: str) -> dict[str, int]:
@@ -80,6 +85,9 @@ def inspect(compiled: Compiled) -> Facts:
     if symbol not in functions:
         raise BuildError(f"the cubin has no kernel {symbol}; it has: {', '.join(functions) or 'none'}")
     registers, stack, static_shared, local = functions[symbol]
+    target = _TARGET.search(compiled.ptx)
+    if target is not None and int(target[1]) >= 90:
+        static_shared = max(0, static_shared - _RESERVED)
     return Facts(
         tuple(functions), 32 * compiled.meta["num_warps"], compiled.meta["shared"],
         static_shared, registers, stack, local,

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from build_tools.errors import ManifestError
-from build_tools.manifest import AXES, Gates, KernelUse, Manifest, Row, Template
+from build_tools.manifest import AXES, LAUNCH, POINTEES, Gates, KernelUse, Manifest, Row, Template, pointee_option
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile."""
+    """One kernel to compile and how it is launched. `label` names it among all of its architecture, and its file."""
 
     arch: str
     target: str
@@ -36,6 +36,10 @@ class Job:
     threads: int
     shared: int
     symbol: str
+    label: str
+    cluster: int = 1
+    ctas_per_sm: int = 1
+    dependent_launch: bool = False
 
     def digest(self) -> str:
         """Names the job: equal for equal jobs only."""
@@ -83,21 +87,19 @@ class _Draft:
     axes: list[dict[str, Any]] = field(default_factory=list)
 
 
-def resolve(value: Any, axes: dict[str, Any], where: str, name: str) -> Any:
+def resolve(value: Any, axes: dict[str, Any], where: str) -> Any:
     """An option's value at one point of the axes: itself, or the first entry of a list of tables that fits."""
     if not isinstance(value, list):
         return value
     for entry in value:
         if not isinstance(entry, dict) or "value" not in entry:
-            raise ManifestError(
-                f"{where}: options: {name}: {entry!r}: expected {{ <axis> = <value>, value = <value> }}"
-            )
+            raise ManifestError(f"{where}: {entry!r}: expected {{ <axis> = <value>, value = <value> }}")
         for axis in entry:
             if axis not in (*AXES, "value"):
-                raise ManifestError(f"{where}: options: {name}: {axis!r} is no axis; allowed: {', '.join(AXES)}, value")
+                raise ManifestError(f"{where}: {axis!r} is no axis; allowed: {', '.join(AXES)}, value")
         if all(axes[axis] == wanted for axis, wanted in entry.items() if axis != "value"):
             return entry["value"]
-    raise ManifestError(f"{where}: options: {name}: no entry fits {axes}: add one, or a last entry with value alone")
+    raise ManifestError(f"{where}: no entry fits {axes}: add one, or a last entry with value alone")
 
 
 def expand(manifest: Manifest, row_ids: frozenset[str] = frozenset()) -> Plan:
@@ -119,7 +121,7 @@ def expand(manifest: Manifest, row_ids: frozenset[str] = frozenset()) -> Plan:
                 jobs[use.template.role] = job.digest()
             points.append((row, axes, jobs))
     index = {digest: i for i, digest in enumerate(drafts)}
-    named = _distinct_symbols([draft.job for draft in drafts.values()])
+    named = _distinct_labels([draft.job for draft in drafts.values()])
     kernels = tuple(
         Kernel(named[i], d.role, d.tile, d.gates, tuple(d.rows), tuple(d.axes)) for i, d in enumerate(drafts.values())
     )
@@ -141,9 +143,11 @@ def _merge(a: Gates, b: Gates) -> Gates:
 def _lookup(name: str, row: Row, use: KernelUse, axes: dict[str, Any]) -> Any:
     if name in axes:
         return axes[name]
+    if name in LAUNCH and use.template.compiler == "cuda":
+        return resolve(use.launch[name], axes, f"{use.where}: {name}")
     for options, where in ((use.options, use.where), (row.options, row.where)):
         if name in options:
-            return resolve(options[name], axes, where, name)
+            return resolve(options[name], axes, f"{where}: options: {name}")
     known = sorted({*axes, *use.options, *row.options})
     raise ManifestError(f"{use.where}: '${name}' has no value: add {name} to options (known here: {', '.join(known)})")
 
@@ -154,60 +158,68 @@ def _job(manifest: Manifest, row: Row, use: KernelUse, axes: dict[str, Any]) -> 
     def value(given: Any) -> Any:
         return _lookup(given[1:], row, use, axes) if isinstance(given, str) and given.startswith("$") else given
 
-    def kind(given: str) -> str:
-        pointee = _lookup(given[1:], row, use, axes) if given in ("*qk", "*pv") else given[1:]
+    def kind(name: str, given: str) -> str:
         if not given.startswith("*"):
             return given
+        option = pointee_option(given)
+        pointee = _lookup(option, row, use, axes) if option else given[1:]
+        if pointee not in (*POINTEES, "io"):
+            raise ManifestError(f"{use.where}: {name} points to {pointee!r}; allowed: io, {', '.join(POINTEES)}")
         return f"*{axes['dtype'] if pointee == 'io' else pointee}"
 
-    args = tuple((name, kind(given)) for name, given in template.args)
+    args = tuple((name, kind(name, given)) for name, given in template.args)
     constants = tuple((name, value(given)) for name, given in template.constants)
     tile = value(template.tile)
     if type(tile) is not int or tile <= 0:
         raise ManifestError(f"{use.where}: tile = {tile!r}: expected a positive integer")
+    launch = {key: resolve(use.launch[key], axes, f"{use.where}: {key}") for key in LAUNCH}
+    label = _label(template, arch.name, row.family, args, constants, use, launch["threads"])
+    function = template.source.partition(":")[2]
     job = Job(
         arch.name, arch.target, arch.triton_capability, template.compiler, template.source, args, template.aligned,
-        constants, use.num_warps, use.num_stages, use.num_ctas, use.max_registers, use.threads, use.shared,
-        _symbol(template, arch.name, args, constants, use),
+        constants, use.num_warps, use.num_stages, use.num_ctas, use.max_registers, launch["threads"], launch["shared"],
+        label if template.compiler == "triton" else function,  # of CUDA the source's own extern "C" name
+        label, launch["cluster"], launch["ctas_per_sm"], use.dependent_launch,
     )  # fmt: skip
     return job, tile
 
 
-def _symbol(
+def _label(
     template: Template,
     arch: str,
+    family: str,
     args: tuple[tuple[str, str], ...],
     constants: tuple[tuple[str, Any], ...],
     use: KernelUse,
+    threads: int,
 ) -> str:
-    """A readable name made of what distinguishes the kernel: types, constants, warps."""
+    """A readable name made of what distinguishes the kernel: types, constants, warps or threads."""
+    cuda = template.compiler == "cuda"
     function = template.source.partition(":")[2]
-    if template.compiler == "cuda":
-        return function  # the source's own extern "C" name
-    kinds = [args[i][1][1:] for i, (_, given) in enumerate(template.args) if given in ("*io", "*qk", "*pv")]
-    parts = [arch, function, *dict.fromkeys(kinds)]
+    open_kinds = [i for i, (_, given) in enumerate(template.args) if given == "*io" or pointee_option(given)]
+    kinds = [args[i][1][1:] for i in open_kinds]
+    parts = [arch, *([family] if cuda else []), function, *dict.fromkeys(kinds)]
     for name, value in constants:
         if value is True:
             parts.append(name.lower())
         elif value is not False:
             parts.append(f"{name.lower()}{value}")
-    parts.append(f"w{use.num_warps}")
+    parts.append(f"t{threads}" if cuda else f"w{use.num_warps}")
     return "sagert_" + "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
 
 
-def _distinct_symbols(jobs: list[Job]) -> list[Job]:
-    """Jobs that would share a symbol get a suffix; CUDA symbols are told apart by their files instead."""
-    symbols = [job.symbol for job in jobs]
-    return [
-        dataclasses.replace(job, symbol=f"{job.symbol}_{job.digest()[:8]}")
-        if job.compiler == "triton" and symbols.count(job.symbol) > 1
-        else job
-        for job in jobs
-    ]
+def _distinct_labels(jobs: list[Job]) -> list[Job]:
+    """Jobs that would share a label get a suffix; a Triton kernel's symbol is its label."""
+    labels = [job.label for job in jobs]
+    named = []
+    for job in jobs:
+        if labels.count(job.label) > 1:
+            label = f"{job.label}_{job.digest()[:8]}"
+            job = dataclasses.replace(job, label=label, symbol=label if job.compiler == "triton" else job.symbol)
+        named.append(job)
+    return named
 
 
-def file_name(job: Job, jobs: list[Job]) -> str:
+def file_name(job: Job) -> str:
     """The cubin's file name inside its bundle."""
-    if sum(other.symbol == job.symbol for other in jobs) > 1:
-        return f"{job.symbol}_{job.digest()[:8]}.cubin"
-    return f"{job.symbol}.cubin"
+    return f"{job.label}.cubin"

@@ -19,6 +19,7 @@ _PTX_TYPES = {
     "i64": ("u64", "s64", "b64"),
     "fp32": ("f32", "b32"),
     "fp64": ("f64", "b64"),
+    "tensormap": ("b8[128] align 64",),
 }
 
 
@@ -32,7 +33,7 @@ def check(kernel: Kernel, facts: Facts, shared_limit: int) -> None:
     ]
     if problems:
         rows = ", ".join(kernel.rows)
-        where = f"{kernel.job.arch}: row {rows}: kernel {kernel.job.symbol} ({kernel.job.source})"
+        where = f"{kernel.job.arch}: row {rows}: kernel {kernel.job.label} ({kernel.job.source})"
         raise GateError("\n".join(f"{where}: {problem}" for problem in problems))
 
 

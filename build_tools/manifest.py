@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads and checks the manifests: kernel templates ([[kernel]]) and architectures ([arch], [[row]]).
 
-What a manifest may say is what this file reads; see kernels/portable/manifest.toml and kernels/sm90/manifest.toml.
+What a manifest may say is what this file and ranks.py read; see kernels/portable/manifest.toml and
+kernels/sm90/manifest.toml.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from build_tools import ranks
 from build_tools.errors import ManifestError
 from build_tools.schema import Table, read_toml
 
@@ -23,6 +25,8 @@ DTYPES = {"fp16": 1, "bf16": 2}
 SCALARS = ("i1", "i8", "i16", "i32", "i64", "fp32", "fp64")
 POINTEES = (*SCALARS, "u8", "fp16", "bf16", "fp8e4nv", "fp8e5")
 AXES = ("head_dim", "causal", "dtype")
+# Of a CUDA kernel: how it is launched. Templates read them as they read options: "$cluster".
+LAUNCH = ("threads", "shared", "cluster", "ctas_per_sm")
 _ID = re.compile(r"[a-z0-9][a-z0-9_.]*")
 
 
@@ -57,8 +61,15 @@ class Template:
         found = {value[1:] for _, value in self.constants if isinstance(value, str) and value.startswith("$")}
         if isinstance(self.tile, str):
             found.add(self.tile[1:])
-        found |= {kind[1:] for _, kind in self.args if kind in ("*qk", "*pv")}
-        return found
+        found |= {option for _, kind in self.args if (option := pointee_option(kind))}
+        return found - set(LAUNCH) if self.compiler == "cuda" else found
+
+
+def pointee_option(kind: str) -> str | None:
+    """The option that says what a parameter points to: "qk" of "*qk", "scale" of "*$scale"."""
+    if kind in ("*qk", "*pv"):
+        return kind[1:]
+    return kind[2:] if kind.startswith("*$") else None
 
 
 @dataclass(frozen=True)
@@ -72,15 +83,15 @@ class Gates:
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A row's use of a template."""
+    """A row's use of a template. `launch` has LAUNCH: each a number, or a list of { <axis> = ..., value = ... }."""
 
     template: Template
     num_warps: int
     num_stages: int | None
     num_ctas: int
     max_registers: int | None
-    threads: int
-    shared: int
+    launch: dict[str, Any]
+    dependent_launch: bool
     options: dict[str, Any]
     gates: Gates
     where: str
@@ -105,6 +116,7 @@ class Row:
     quant: dict[str, Any]
     options: dict[str, Any]
     kernels: tuple[KernelUse, ...]
+    rank_when: tuple[ranks.RankWhen, ...]
     where: str
 
 
@@ -161,6 +173,7 @@ def load(kernels: Path) -> list[Manifest]:
             if row.id in seen:
                 raise ManifestError(f"{root.where}: row {row.id!r}: id already used in {seen[row.id]}")
             seen[row.id] = root.where
+        ranks.check_distinct([(r.where, r.runs_on, {r.rank, *(when.rank for when in r.rank_when)}) for r in rows])
         absences = tuple(_absence(data, root.where, rows) for data in root.tables("absent"))
         root.finish()
         manifests.append(Manifest(arch, rows, absences, templates))
@@ -193,9 +206,12 @@ def _template(data: dict[str, Any], shown: str, kernels: Path) -> Template:
     args = table.take("args", dict)
     for arg, kind in args.items():
         pointee = kind[1:] if isinstance(kind, str) and kind.startswith("*") else None
-        if pointee not in (*POINTEES, "io", "qk", "pv") and kind not in SCALARS:
-            table.fail("args", f"{arg} has type {kind!r}; allowed: {', '.join(SCALARS)} or * and one of io, qk, pv, "
-                       + ", ".join(POINTEES))  # fmt: skip
+        if kind == "tensormap" and compiler == "cuda":
+            continue
+        known = pointee in (*POINTEES, "io", "qk", "pv") or (pointee is not None and re.fullmatch(r"\$\w+", pointee))
+        if not known and kind not in SCALARS:
+            table.fail("args", f"{arg} has type {kind!r}; allowed: {', '.join(SCALARS)}, tensormap (of CUDA kernels), "
+                       f"or * and one of io, qk, pv, $<option>, {', '.join(POINTEES)}")  # fmt: skip
     aligned = table.strings("aligned", [], allowed=args)
     constants = table.take("constants", dict, {})
     for key, value in constants.items():
@@ -288,11 +304,15 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     runs_on = _capabilities(table, arch.runs_on)
     driver_min = _driver(table, arch.driver_min)
     uses = tuple(_use(entry, templates, table.where) for entry in table.tables("kernel"))
+    rank_when = tuple(ranks.read(entry, axes, table.where) for entry in table.tables("rank_when"))
     roles = [use.template.role for use in uses]
     if "attention" not in roles or len(set(roles)) != len(roles):
         table.fail(
             "kernel", f"roles used: {roles}; a row needs one 'attention' kernel and at most one of every other role"
         )
+    for use in uses:
+        if use.dependent_launch and use.template.role == min(roles, key=ROLES.index):
+            raise ManifestError(f"{use.where}: dependent_launch: no kernel of this row runs before it")
     known = set().union(*(use.template.names() for use in uses))
     for option in options:
         if option not in known:
@@ -300,7 +320,7 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     table.finish()
     return Row(
         name, family, precision, accuracy_class, rel_l1, rank, runs_on, driver_min, head_dim_max, seqlen_max, flags,
-        axes, quant, options, uses, table.where,
+        axes, quant, options, uses, rank_when, table.where,
     )  # fmt: skip
 
 
@@ -317,8 +337,12 @@ def _use(data: dict[str, Any], templates: dict[str, Template], where: str) -> Ke
     num_stages = table.at_least("num_stages", 1, None) if triton else None
     num_ctas = table.at_least("num_ctas", 1, 1) if triton else 1
     maxnreg = table.at_least("maxnreg", 24, None)
-    threads = 32 * num_warps if triton else table.at_least("threads", 32)
-    shared = 0 if triton else table.at_least("shared", 0, 0)
+    launch = {"threads": 32 * num_warps, "shared": 0, "cluster": 1, "ctas_per_sm": 1}
+    if not triton:
+        limits_of = {"threads": (32, 1024), "shared": (0, 2**31 - 1), "cluster": (1, 16), "ctas_per_sm": (1, 32)}
+        defaults = {"shared": 0, "cluster": 1, "ctas_per_sm": 1}
+        launch = {key: _launch_setting(table, data, key, *limits_of[key], defaults.get(key)) for key in LAUNCH}
+    dependent_launch = not triton and table.take("dependent_launch", bool, False)
     options = table.take("options", dict, {})
     for option in options:
         if option not in template.names():
@@ -335,7 +359,23 @@ def _use(data: dict[str, Any], templates: dict[str, Template], where: str) -> Ke
             )
     limits.finish()
     table.finish()
-    return KernelUse(template, num_warps, num_stages, num_ctas, maxnreg, threads, shared, options, gates, table.where)
+    return KernelUse(
+        template, num_warps, num_stages, num_ctas, maxnreg, launch, dependent_launch, options, gates, table.where
+    )
+
+
+def _launch_setting(table: Table, data: dict[str, Any], key: str, low: int, high: int, default: int | None) -> Any:
+    """A number, or a list of { <axis> = ..., value = <number> } as options have it."""
+    listed = type(data.get(key)) is list
+    if listed:
+        value: Any = table.take(key, list)
+    else:
+        value = table.take(key, int) if default is None else table.take(key, int, default)
+    for number in [entry.get("value") if type(entry) is dict else None for entry in value] if listed else [value]:
+        if type(number) is not int or not low <= number <= high:
+            expected = f"an integer from {low} to {high}"
+            table.fail(key, f"expected {expected}, or a list of {{ <axis> = <value>, value = <integer> }} of such")
+    return value
 
 
 def _absence(data: dict[str, Any], shown: str, rows: tuple[Row, ...]) -> Absence:

@@ -49,6 +49,7 @@ def render(bundles: list[Bundle]) -> str:
     bundle_rows: list[str] = []
     kernels: list[str] = []
     rows: list[str] = []
+    ranks: list[str] = []
     variants: list[str] = []
     absences: list[str] = []
     for index, bundle in enumerate(bundles):
@@ -63,16 +64,22 @@ def render(bundles: list[Bundle]) -> str:
             digest = ", ".join(f"0x{byte:02x}" for byte in bytes.fromhex(built.sha256))
             kernels.append(
                 f"{index}, {literal(built.file)}, {literal(job.symbol)}, {literal(signature)}, "
-                f"{HIDDEN_PARAMS[job.compiler]}, {built.facts.threads}, {built.facts.shared}, {built.kernel.tile}, "
-                f"{len(built.cubin)}u, {{{digest}}}"
+                f"{HIDDEN_PARAMS[job.compiler]}, {built.facts.threads}, {built.facts.shared}, "
+                f"{built.facts.static_shared}, {built.kernel.tile}, {job.cluster}, {job.ctas_per_sm}, "
+                f"{int(job.dependent_launch)}, {len(built.cubin)}u, {{{digest}}}"
             )
         for row in plan.rows:
             rows.append(
                 f"{literal(row.id)}, {index}, {literal(row.family)}, {PRECISIONS[row.precision]}, "
                 f"{ACCURACIES[row.accuracy]}, {row.rank}, {row.runs_on[0]}, {row.runs_on[1]}, {row.driver_min}, "
                 f"{_bits(FLAGS[flag] for flag in row.flags)}, {_bits(1 << DTYPES[d] for d in row.axes['dtype'])}, "
-                f"{row.head_dim_max}, {row.seqlen_max}, {row.rel_l1_randn!r}, {_json(row.axes)}, {_json(row.quant)}"
+                f"{row.head_dim_max}, {row.seqlen_max}, {row.rel_l1_randn!r}, {_json(row.axes)}, {_json(row.quant)}, "
+                f"{len(ranks)}, {len(row.rank_when)}"
             )
+            for when in row.rank_when:
+                causal = -1 if when.causal is None else int(when.causal)
+                bounds = ", ".join(map(str, (*when.head_dim, *when.seqlen_q, *when.seqlen_k, when.tiles_max)))
+                ranks.append(f"{when.rank}, {causal}, {bounds}")
         index_of = {row.id: first_row + i for i, row in enumerate(plan.rows)}
         for variant in plan.variants:
             uses = [first_kernel + variant.kernels[role] if role in variant.kernels else -1 for role in ROLES]
@@ -89,6 +96,7 @@ def render(bundles: list[Bundle]) -> str:
     lines += _array("BundleEntry", "kBundles", "kBundleCount", bundle_rows, "")
     lines += _array("KernelEntry", "kKernels", "kKernelCount", kernels, "")
     lines += _array("RowEntry", "kRows", "kRowCount", rows, "")
+    lines += _array("RankEntry", "kRanks", "kRankCount", ranks, "")
     lines += _array("VariantEntry", "kVariants", "kVariantCount", variants, "")
     lines += _array("AbsenceEntry", "kAbsences", "kAbsenceCount", absences, "")
     return "\n".join([*lines, "}  // namespace sagert", ""])

@@ -14,7 +14,8 @@
 namespace sagert {
 namespace {
 
-constexpr int32_t kDefaultSharedLimit = 48 * 1024;  // more dynamic shared memory must be asked for
+constexpr int32_t kDefaultSharedLimit = 48 * 1024;  // more shared memory must be asked for
+constexpr int32_t kPortableClusterMax = 8;          // so must larger clusters
 
 // One per kernel of the table. `library` and `kernel` are guarded by the cache's mutex.
 struct LoadedKernel {
@@ -82,14 +83,20 @@ CUkernel load(const Driver& driver, LoadedKernel& slot, const KernelEntry& entry
 }
 
 void prepare(const Driver& driver, const Device& device, CUkernel kernel, const KernelEntry& entry) {
-  if (entry.shared > kDefaultSharedLimit) {
-    if (entry.shared > device.info.shared_memory) {
-      fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " needs ", entry.shared, " bytes of shared memory, device ",
+  int32_t shared = entry.shared + entry.static_shared;
+  if (shared > kDefaultSharedLimit) {
+    if (shared > device.info.shared_memory) {
+      fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " needs ", shared, " bytes of shared memory, device ",
            device.info.ordinal, " has ", device.info.shared_memory);
     }
     CUresult result = driver.api().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, entry.shared,
                                                         kernel, device.handle);
     if (result != CUDA_SUCCESS) driver.raise(result, concat("reserving shared memory for kernel ", entry.file));
+  }
+  if (entry.cluster > kPortableClusterMax) {
+    CUresult result = driver.api().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1, kernel,
+                                                        device.handle);
+    if (result != CUDA_SUCCESS) driver.raise(result, concat("allowing large clusters for kernel ", entry.file));
   }
   CUfunction function = nullptr;  // forces the load on this device, which lazy loading would leave to the launch
   CUresult result = driver.api().cuKernelGetFunction(&function, kernel);

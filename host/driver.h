@@ -17,6 +17,7 @@ namespace sagert {
 // Names and values of the driver's own API.
 using CUresult = int;
 using CUdevice = int;
+using CUdeviceptr = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
@@ -36,7 +37,31 @@ enum : int {
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
   CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
-  CU_STREAM_CAPTURE_MODE_RELAXED = 2
+  CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14,
+  CU_STREAM_CAPTURE_MODE_RELAXED = 2,
+  CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION = 4,
+  CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
+  CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1,
+  CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+  CU_TENSOR_MAP_SWIZZLE_128B = 3,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0
+};
+
+struct CUlaunchAttribute {
+  int id;
+  alignas(8) union {
+    char pad[64];
+    struct {
+      unsigned int x, y, z;
+    } clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } value;
+};
+static_assert(sizeof(CUlaunchAttribute) == 72, "the driver's layout");
+
+struct alignas(64) CUtensorMap {
+  uint64_t opaque[16];
 };
 
 struct CUlaunchConfig {
@@ -44,7 +69,7 @@ struct CUlaunchConfig {
   unsigned int blockDimX, blockDimY, blockDimZ;
   unsigned int sharedMemBytes;
   CUstream hStream;
-  void* attrs;
+  CUlaunchAttribute* attrs;
   unsigned int numAttrs;
 };
 
@@ -55,28 +80,32 @@ struct CUlaunchConfig {
 #endif
 
 // X(member, exported name, parameters)
-#define SAGERT_DRIVER_SYMBOLS(X)                                                         \
-  X(cuInit, "cuInit", (unsigned int))                                                    \
-  X(cuGetErrorName, "cuGetErrorName", (CUresult, const char**))                          \
-  X(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                      \
-  X(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                        \
-  X(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                        \
-  X(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                          \
-  X(cuDeviceGetUuid, "cuDeviceGetUuid", (void*, CUdevice))                               \
-  X(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t*, CUdevice))                        \
-  X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                 \
-  X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))        \
-  X(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))               \
-  X(cuCtxGetCurrent, "cuCtxGetCurrent", (CUcontext*))                                    \
-  X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                \
-  X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                 \
-  X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))      \
-  X(cuLibraryLoadData, "cuLibraryLoadData",                                              \
-    (CUlibrary*, const void*, void*, void**, unsigned int, void*, void**, unsigned int)) \
-  X(cuLibraryUnload, "cuLibraryUnload", (CUlibrary))                                     \
-  X(cuLibraryGetKernel, "cuLibraryGetKernel", (CUkernel*, CUlibrary, const char*))       \
-  X(cuKernelGetFunction, "cuKernelGetFunction", (CUfunction*, CUkernel))                 \
-  X(cuKernelSetAttribute, "cuKernelSetAttribute", (int, int, CUkernel, CUdevice))        \
+#define SAGERT_DRIVER_SYMBOLS(X)                                                                                       \
+  X(cuInit, "cuInit", (unsigned int))                                                                                  \
+  X(cuGetErrorName, "cuGetErrorName", (CUresult, const char**))                                                        \
+  X(cuGetErrorString, "cuGetErrorString", (CUresult, const char**))                                                    \
+  X(cuDeviceGetCount, "cuDeviceGetCount", (int*))                                                                      \
+  X(cuDeviceGet, "cuDeviceGet", (CUdevice*, int))                                                                      \
+  X(cuDeviceGetName, "cuDeviceGetName", (char*, int, CUdevice))                                                        \
+  X(cuDeviceGetUuid, "cuDeviceGetUuid", (void*, CUdevice))                                                             \
+  X(cuDeviceTotalMem, "cuDeviceTotalMem_v2", (size_t*, CUdevice))                                                      \
+  X(cuDeviceGetAttribute, "cuDeviceGetAttribute", (int*, int, CUdevice))                                               \
+  X(cuDevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (CUcontext*, CUdevice))                                      \
+  X(cuDevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2", (CUdevice))                                             \
+  X(cuCtxGetCurrent, "cuCtxGetCurrent", (CUcontext*))                                                                  \
+  X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext))                                                              \
+  X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext*))                                                               \
+  X(cuThreadExchangeStreamCaptureMode, "cuThreadExchangeStreamCaptureMode", (int*))                                    \
+  X(cuLibraryLoadData, "cuLibraryLoadData",                                                                            \
+    (CUlibrary*, const void*, void*, void**, unsigned int, void*, void**, unsigned int))                               \
+  X(cuLibraryUnload, "cuLibraryUnload", (CUlibrary))                                                                   \
+  X(cuLibraryGetKernel, "cuLibraryGetKernel", (CUkernel*, CUlibrary, const char*))                                     \
+  X(cuKernelGetFunction, "cuKernelGetFunction", (CUfunction*, CUkernel))                                               \
+  X(cuKernelSetAttribute, "cuKernelSetAttribute", (int, int, CUkernel, CUdevice))                                      \
+  X(cuMemsetD32Async, "cuMemsetD32Async", (CUdeviceptr, unsigned int, size_t, CUstream))                               \
+  X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                                  \
+    (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int, int, \
+     int, int))                                                                                                        \
   X(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))
 
 struct DriverApi {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "launch.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 
@@ -8,6 +9,9 @@
 
 namespace sagert {
 namespace {
+
+// Drivers before CUDA 12.3 cannot capture a programmatic dependency into a graph.
+constexpr int32_t kDependentLaunchMin = 12030;
 
 // "K:*bf16" to "K:*".
 std::string without_pointee(const std::string& parameter) {
@@ -40,12 +44,24 @@ std::string pointee(const char* signature, const char* name) {
 }
 
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream) {
+            KernelParameters& parameters, void* stream, bool after_own) {
   if (blocks <= 0) return;
   parameters.hidden(entry.hidden_params);
-  if (blocks > std::numeric_limits<int32_t>::max() || parameters.overflowed()) {
-    fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " cannot be launched with ", blocks, " blocks and ",
-         parameters.overflowed() ? "too many" : "these", " parameters");
+  if (blocks > std::numeric_limits<int32_t>::max() || blocks % entry.cluster != 0 || parameters.overflowed()) {
+    fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " cannot be launched with ", blocks, " blocks in clusters of ",
+         entry.cluster, " and ", parameters.overflowed() ? "too many" : "these", " parameters");
+  }
+  CUlaunchAttribute attributes[2] = {};
+  unsigned int attribute_count = 0;
+  if (entry.cluster > 1) {
+    CUlaunchAttribute& attribute = attributes[attribute_count++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = {static_cast<unsigned int>(entry.cluster), 1, 1};
+  }
+  if (entry.dependent_launch != 0 && after_own && driver.version() >= kDependentLaunchMin) {
+    CUlaunchAttribute& attribute = attributes[attribute_count++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
   }
   CUlaunchConfig config{};
   config.gridDimX = static_cast<unsigned int>(blocks);
@@ -54,10 +70,19 @@ void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(entry.shared);
   config.hStream = static_cast<CUstream>(stream);
+  config.attrs = attribute_count > 0 ? attributes : nullptr;
+  config.numAttrs = attribute_count;
   // The driver takes a CUkernel wherever it takes a CUfunction of the current context.
   CUresult result =
       driver.api().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel), parameters.data(), nullptr);
   if (result != CUDA_SUCCESS) driver.raise(result, concat("launching kernel ", entry.file));
+}
+
+int64_t persistent_blocks(const Device& device, const KernelEntry& entry, int64_t tiles) {
+  int64_t cluster = entry.cluster;
+  int64_t resident = int64_t{device.info.multiprocessors} * entry.ctas_per_sm / cluster * cluster;
+  int64_t needed = (tiles + cluster - 1) / cluster * cluster;
+  return std::min(std::max(resident, cluster), needed);
 }
 
 }  // namespace sagert

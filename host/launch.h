@@ -22,6 +22,10 @@ class KernelParameters {
   void i32(const char*, int32_t value) { add(&value, sizeof(value)); }
   void i64(const char*, int64_t value) { add(&value, sizeof(value)); }
   void fp32(const char*, float value) { add(&value, sizeof(value)); }
+  // Not copied: the map must outlive the launch.
+  void tensormap(const char*, const CUtensorMap& map) {
+    if (void** address = next()) *address = const_cast<CUtensorMap*>(&map);
+  }
   // The compiler's own trailing 64-bit parameters, always 0.
   void hidden(int32_t count) {
     for (int32_t i = 0; i < count; ++i) i64("", 0);
@@ -31,14 +35,13 @@ class KernelParameters {
   void** data() { return addresses_; }
 
  private:
+  void** next() {
+    overflowed_ |= count_ == kCapacity;
+    return overflowed_ ? nullptr : &addresses_[count_++];
+  }
   void add(const void* value, size_t size) {
-    if (count_ == kCapacity) {
-      overflowed_ = true;
-      return;
-    }
-    std::memcpy(&values_[count_], value, size);
-    addresses_[count_] = &values_[count_];
-    ++count_;
+    uint64_t* slot = &values_[count_];
+    if (void** address = next()) *address = std::memcpy(slot, value, size);
   }
 
   uint64_t values_[kCapacity];
@@ -54,6 +57,7 @@ class ParameterList {
   void i32(const char* name, int32_t) { add(name, "i32"); }
   void i64(const char* name, int64_t) { add(name, "i64"); }
   void fp32(const char* name, float) { add(name, "fp32"); }
+  void tensormap(const char* name, const CUtensorMap&) { add(name, "tensormap"); }
   const std::string& text() const { return text_; }
 
  private:
@@ -71,9 +75,13 @@ bool matches_signature(const std::string& list, const char* signature);
 // Type of a pointer parameter in a signature, such as "fp8e4nv"; empty when it has none of that name.
 std::string pointee(const char* signature, const char* name);
 
-// Enqueues a kernel of `kKernels` on the stream. `blocks` is its one-dimensional grid.
+// Enqueues a kernel of `kKernels` on the stream. `blocks` is its one-dimensional grid. `after_own`: the launch in front
+// of it in the stream is one of the same call, so that a dependent launch may overlap it.
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream);
+            KernelParameters& parameters, void* stream, bool after_own = false);
+
+// Blocks of a kernel whose blocks take `tiles` in turns: no more than the device runs at a time, whole clusters.
+int64_t persistent_blocks(const Device& device, const KernelEntry& entry, int64_t tiles);
 
 }  // namespace sagert
 

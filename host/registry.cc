@@ -28,6 +28,27 @@ struct Report {
   std::string hint;
 };
 
+bool fits(const RankEntry& entry, const sagert_request& request) {
+  constexpr int64_t kTileRows = 128;
+  auto within = [](int64_t low, int64_t value, int64_t high) { return low <= value && value <= high; };
+  int64_t tiles =
+      request.batch * request.heads_q * (request.seqlen_q / kTileRows + (request.seqlen_q % kTileRows != 0));
+  int32_t causal = (request.flags & SAGERT_FLAG_CAUSAL) != 0 ? 1 : 0;
+  return (entry.causal < 0 || entry.causal == causal) &&
+         within(entry.head_dim_min, std::max(request.head_dim, request.head_dim_v), entry.head_dim_max) &&
+         within(entry.seqlen_q_min, request.seqlen_q, entry.seqlen_q_max) &&
+         within(entry.seqlen_k_min, request.seqlen_k, entry.seqlen_k_max) && tiles <= entry.tiles_max;
+}
+
+// The row's rank for this request.
+int32_t rank_for(const RowEntry& row, const sagert_request& request) {
+  for (int32_t i = 0; i < row.rank_count; ++i) {
+    const RankEntry& entry = kRanks[row.rank_first + i];
+    if (fits(entry, request)) return entry.rank;
+  }
+  return row.rank;
+}
+
 // How far a row is from serving the request. Another GPU or driver is farther than anything in the call.
 int distance(uint32_t broken) {
   int count = 0;
@@ -111,9 +132,10 @@ void write_device(JsonWriter& json, const sagert_device& device) {
   json.end_object();
 }
 
-void write_row(JsonWriter& json, const RowEntry& row, const RowReport& report) {
+void write_row(JsonWriter& json, const RowEntry& row, const sagert_request& request, const RowReport& report) {
   json.begin_object();
   json.member("id", row.id);
+  json.member("rank", int64_t{rank_for(row, request)});
   json.member("accepted", report.broken == 0);
   json.key("reasons");
   json.begin_array();
@@ -131,9 +153,13 @@ void write_row(JsonWriter& json, const RowEntry& row, const RowReport& report) {
 
 Selection select(const sagert_request& request, const sagert_device& device) {
   Selection best;
+  int32_t best_rank = 0;
   for (int32_t i = 0; i < kRowCount; ++i) {
-    if (best.row >= 0 && kRows[i].rank >= kRows[best.row].rank) continue;
-    if (broken_constraints(kRows[i], i, request, device) == 0) best.row = i;
+    int32_t rank = rank_for(kRows[i], request);
+    if (best.row >= 0 && rank >= best_rank) continue;
+    if (broken_constraints(kRows[i], i, request, device) != 0) continue;
+    best.row = i;
+    best_rank = rank;
   }
   if (best.row >= 0) best.variant = find_variant(best.row, request);
   return best;
@@ -152,7 +178,7 @@ std::string explain_json(const sagert_request& request, const sagert_device& dev
   json.member("selected", refused ? nullptr : kRows[selection.row].id);
   json.key("rows");
   json.begin_array();
-  for (int32_t i = 0; i < kRowCount; ++i) write_row(json, kRows[i], report.rows[i]);
+  for (int32_t i = 0; i < kRowCount; ++i) write_row(json, kRows[i], request, report.rows[i]);
   json.end_array();
   json.member("nearest", refused && report.nearest >= 0 ? kRows[report.nearest].id : nullptr);
   json.member("hint", refused && !report.hint.empty() ? report.hint.c_str() : nullptr);

@@ -19,8 +19,12 @@ struct KernelEntry {
   int32_t hidden_params;  // trailing 64-bit parameters the compiler adds; pass 0
   int32_t threads;        // per block
   int32_t shared;         // dynamic shared memory, bytes
-  int32_t tile;           // rows of its input one program covers (BLOCK_M of attention)
-  uint64_t length;        // bytes
+  int32_t static_shared;
+  int32_t tile;              // rows of its input one program covers (BLOCK_M of attention)
+  int32_t cluster;           // blocks per cluster; 1: no clusters
+  int32_t ctas_per_sm;       // of a kernel whose blocks take tiles in turns
+  int32_t dependent_launch;  // 1: it may start before the kernel in front of it ends, and waits for it itself
+  uint64_t length;           // bytes
   uint8_t sha256[32];
 };
 
@@ -50,6 +54,21 @@ struct RowEntry {
   double rel_l1_randn;
   const char* axes_json;
   const char* quant_json;
+  int32_t rank_first;  // the row's entries of kRanks
+  int32_t rank_count;
+};
+
+// A rank that replaces a row's own for some calls: the first entry that fits counts. Bounds are inclusive.
+struct RankEntry {
+  int32_t rank;
+  int32_t causal;  // 0, 1, or -1 for both
+  int64_t head_dim_min;
+  int64_t head_dim_max;
+  int64_t seqlen_q_min;
+  int64_t seqlen_q_max;
+  int64_t seqlen_k_min;
+  int64_t seqlen_k_max;
+  int64_t tiles_max;  // batch * heads_q * ceil(seqlen_q / 128)
 };
 
 // One point of a row's axes: the kernels that serve it, by role (-1: not needed).
@@ -75,6 +94,8 @@ extern const KernelEntry kKernels[];
 extern const int32_t kKernelCount;
 extern const RowEntry kRows[];
 extern const int32_t kRowCount;
+extern const RankEntry kRanks[];
+extern const int32_t kRankCount;
 extern const VariantEntry kVariants[];
 extern const int32_t kVariantCount;
 extern const AbsenceEntry kAbsences[];

@@ -107,7 +107,7 @@ typedef struct sagert_row {
   const char* family;
   int32_t precision;
   int32_t accuracy;       /* SAGERT_ACCURACY_* */
-  int32_t rank;           /* lower is preferred */
+  int32_t rank;           /* lower is preferred; for some requests a row has another, which sagert_explain gives */
   int32_t capability_min; /* inclusive */
   int32_t capability_max; /* inclusive */
   int32_t driver_min;
@@ -197,7 +197,8 @@ SAGERT_API sagert_status sagert_select(const sagert_request* request, const sage
 
 /* The same, with every row's reasons, as a JSON object:
  *   {"request": {...}, "device": {...}, "selected": "<row id>" | null,
- *    "rows": [{"id": "...", "accepted": true|false, "reasons": [{"code": "...", "text": "..."}]}],
+ *    "rows": [{"id": "...", "rank": <for this request>, "accepted": true|false,
+ *              "reasons": [{"code": "...", "text": "..."}]}],
  *    "nearest": "<row id>" | null, "hint": "<smallest change that would make it run>" | null}
  * Writes at most capacity bytes, the final 0 included; *required receives the bytes needed. buffer may be NULL. */
 SAGERT_API sagert_status sagert_explain(const sagert_request* request, const sagert_device* device, char* buffer,

@@ -11,6 +11,7 @@
 #include "../launch.h"
 #include "../request.h"
 #include "../table.h"
+#include "common.h"
 
 namespace sagert {
 namespace {
@@ -18,13 +19,8 @@ namespace {
 constexpr int64_t kKeyPadding = 128;   // K8 and the copy of V end at a multiple of this
 constexpr int64_t kKeysPerPart = 512;  // statistics of K and V are reduced in parts of about this many keys
 constexpr int64_t kPartsMax = 32;
-constexpr int64_t kAlignment = 256;      // of every buffer in the workspace
 constexpr int64_t kVectorElements = 16;  // what the kernels' vector path needs strides to be multiples of
 constexpr int64_t kDirectStrideMax = int64_t{1} << 24;  // beyond it V is copied
-constexpr double kLog2E = 1.4426950408889634;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // What the signatures of a variant's kernels say.
 struct Traits {
@@ -33,20 +29,9 @@ struct Traits {
   std::string defect;  // not empty: the build and this file disagree
 };
 
-// Strides with those of single-element dimensions, which mean nothing, set to 0.
-struct Strides {
-  int64_t b, h, s, d;
-};
-
-Strides strides_of(const sagert_tensor& tensor, int64_t b, int64_t h, int64_t s, int64_t d) {
-  return {b == 1 ? 0 : tensor.stride[0], h == 1 ? 0 : tensor.stride[1], s == 1 ? 0 : tensor.stride[2],
-          d == 1 ? 1 : tensor.stride[3]};
-}
-
 // Rows are full, contiguous and aligned: the kernels may use 16-byte accesses.
 bool is_vector(const sagert_tensor& tensor, const Strides& strides, int64_t head_dim, int64_t padded_head_dim) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 && strides.b % kVectorElements == 0 &&
-         strides.h % kVectorElements == 0 && strides.s % kVectorElements == 0 && head_dim == padded_head_dim;
+  return has_aligned_rows(tensor, strides, kVectorElements) && head_dim == padded_head_dim;
 }
 
 // Everything the kernels are told, worked out once per call.
@@ -68,25 +53,21 @@ void place_buffers(Plan& plan, const Traits& traits) {
   int64_t d = plan.padded_head_dim;
   int64_t keys = plan.heads_kv_total * plan.seqlen_pad;
   int64_t queries = plan.heads_q_total * plan.args->seqlen_q;
-  auto reserve = [&](bool needed, int64_t bytes) {
-    if (!needed) return int64_t{0};
-    int64_t offset = plan.size;
-    plan.size += round_up(bytes, kAlignment);
-    return offset;
-  };
+  Layout layout;
   constexpr int64_t kWord = 4;
-  plan.k_sum = reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
-  plan.v_amax = reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
-  plan.v_bad = reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
-  plan.k_shift = reserve(true, plan.heads_kv_total * d * kWord);
-  plan.k8 = reserve(true, keys * d * traits.qk_bytes);
-  plan.k_scale = reserve(true, keys * kWord);
-  plan.v_out = reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
-  plan.v_scale = reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
-  plan.v_first = reserve(true, plan.heads_kv_total * 2 * d * kWord);
-  plan.q8 = reserve(true, queries * d * traits.qk_bytes);
-  plan.q_scale = reserve(true, queries * kWord);
-  plan.q_shift = reserve(plan.shift_lse, queries * kWord);
+  plan.k_sum = layout.reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_amax = layout.reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_bad = layout.reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
+  plan.k_shift = layout.reserve(true, plan.heads_kv_total * d * kWord);
+  plan.k8 = layout.reserve(true, keys * d * traits.qk_bytes);
+  plan.k_scale = layout.reserve(true, keys * kWord);
+  plan.v_out = layout.reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
+  plan.v_scale = layout.reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
+  plan.v_first = layout.reserve(true, plan.heads_kv_total * 2 * d * kWord);
+  plan.q8 = layout.reserve(true, queries * d * traits.qk_bytes);
+  plan.q_scale = layout.reserve(true, queries * kWord);
+  plan.q_shift = layout.reserve(plan.shift_lse, queries * kWord);
+  plan.size = layout.size();
 }
 
 Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
@@ -127,22 +108,7 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   return plan;
 }
 
-const void* at(const Plan& plan, int64_t offset) { return static_cast<const char*>(plan.args->workspace) + offset; }
-
-int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }  // values that selection has bounded
-
-template <typename Sink>
-void pass_strides(Sink& sink, const char* const names[4], const Strides& strides) {
-  sink.i64(names[0], strides.b);
-  sink.i64(names[1], strides.h);
-  sink.i64(names[2], strides.s);
-  sink.i64(names[3], strides.d);
-}
-
-constexpr const char* kQStrides[] = {"q_sb", "q_sh", "q_ss", "q_sd"};
-constexpr const char* kKStrides[] = {"k_sb", "k_sh", "k_ss", "k_sd"};
-constexpr const char* kVStrides[] = {"v_sb", "v_sh", "v_ss", "v_sd"};
-constexpr const char* kOutStrides[] = {"o_sb", "o_sh", "o_ss", "o_sd"};
+const void* at(const Plan& plan, int64_t offset) { return workspace_at(*plan.args, offset); }
 
 template <typename Sink>
 void pass_kv_stats(Sink& sink, const Plan& plan) {

@@ -2,7 +2,8 @@
 """Builds libsagert around invented rows and cubins, so that its tests need neither a GPU nor compiled kernels.
 
 The kernels' parameter lists are the real ones. The rows are invented to hold what real ones may come to hold:
-several architectures, a row of low accuracy, a row that needs a newer driver, an absence.
+several architectures, a row of low accuracy, a row that needs a newer driver, ranks that depend on the shape, an
+absence. What the wgmma family passes is written down here a second time.
 """
 
 from __future__ import annotations
@@ -28,6 +29,39 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
 ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention")
 FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K
+ANY = (0, 2**63 - 1)
+
+
+def _strides(tensor: str) -> str:
+    return " ".join(f"{tensor}_s{axis}:i64" for axis in "bhsd")
+
+
+# By role; "*io" and "*pv" as in manifests, "V8" of attention gives way to "VMap" where V stays in 16 bits.
+WGMMA_ARGS = {
+    "quantize_kv": f"""
+        K:*io V:*io K8:*i8 KScale:*fp32 KBad:*i32 KShift:*fp32 V8:*pv VScale:*scale VMean:*fp32 VFirst:*i32
+        HeadFlags:*i32 TileCounter:*i32 seqlen_k:i32 blocks:i32 heads_kv:i32 head_dim:i32 head_dim_v:i32
+        smooth_k:i32 v_jobs:i32 copy_v:i32 v_stats:i32 {_strides("k")} {_strides("v")} k_vec:i32 v_vec:i32
+    """.split(),
+    "attention": f"""
+        Q:*io K8:*i8 KScale:*fp32 KBad:*i32 KShift:*fp32 V8:*pv VScale:*scale VMean:*fp32 VFirst:*i32 HeadFlags:*i32
+        Out:*io Lse:*fp32 TileCounter:*i32 scale_log2:fp32 seqlen_q:i32 seqlen_k:i32 blocks:i32 heads_q:i32 group:i32
+        head_dim:i32 head_dim_v:i32 tiles:i32 heads_total:i32 section:i32 {_strides("q")} {_strides("o")}
+        q_vec:i32 o_vec:i32 write_lse:i32
+    """.split(),
+}
+
+
+@dataclass(frozen=True)
+class RankWhen:
+    """One entry of a row's rank table."""
+
+    rank: int
+    causal: int = -1
+    head_dim: tuple[int, int] = ANY
+    seqlen_q: tuple[int, int] = ANY
+    seqlen_k: tuple[int, int] = ANY
+    tiles_max: int = ANY[1]
 
 
 @dataclass(frozen=True)
@@ -43,6 +77,10 @@ class FakeRow:
     high: int
     driver_min: int = 12000
     shared: int = 100000
+    family: str = "portable"
+    cluster: int = 1  # of quantize_kv
+    ctas_per_sm: int = 1
+    rank_when: tuple[RankWhen, ...] = ()
 
 
 ROWS = (
@@ -54,7 +92,17 @@ ROWS = (
     FakeRow("sm90", abi.INT4_FP8, "int4_fp8", 10, 2, 90, 90),
     FakeRow("sm90", abi.INT8_FP8, "int8_fp8_cu13", 80, 1, 90, 90, driver_min=13000),
     FakeRow("sm120", abi.INT8_FP16, "int8_fp16", 100, 0, 120, 121, driver_min=12080),
-)
+    FakeRow("sm100", abi.INT8_FP16, "int8_fp16", 100, 0, 100, 100, family="wgmma", cluster=8),
+    FakeRow("sm100", abi.INT8_FP8, "int8_fp8", 90, 1, 100, 100, family="wgmma", cluster=4),
+    FakeRow(
+        "sm100", abi.INT8_INT8, "int8_int8", 80, 1, 100, 100, family="wgmma", cluster=16, ctas_per_sm=2,
+        rank_when=(
+            RankWhen(120, causal=1, head_dim=(65, 128), seqlen_q=(0, 2048)),
+            RankWhen(95, tiles_max=64),
+            RankWhen(110, seqlen_k=(4096, 8191)),
+        ),
+    ),
+)  # fmt: skip
 ABSENCES = ((80, 87, abi.INT8_FP8, "these GPUs have no FP8 tensor cores"),)
 
 
@@ -80,11 +128,19 @@ def c_compiler(compiler: list[str]) -> list[str]:
 
 
 def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
-    """Signature of the kernel of each role, from the portable family's manifest."""
+    """Signature of the kernel of each role, from the portable family's manifest or from WGMMA_ARGS."""
     manifest = tomllib.loads((ROOT / "kernels/portable/manifest.toml").read_text())
-    pv = dtype if row.precision == abi.INT8_FP16 else "fp8e4nv"
-    names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}"}
+    pv = {abi.INT8_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
+    scale = "bf16" if pv == "i8" else "fp32"
+    names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}", "*scale": f"*{scale}"}
     out = {}
+    if row.family == "wgmma":
+        for role, args in WGMMA_ARGS.items():
+            pairs = [arg.split(":") for arg in args]
+            if row.precision == abi.INT8_FP16 and role == "attention":
+                pairs = [["VMap", "tensormap"] if name == "V8" else [name, kind] for name, kind in pairs]
+            out[role] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in pairs)
+        return out
     for kernel in manifest["kernel"]:
         out[kernel["role"]] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in kernel["args"].items())
     return out
@@ -99,6 +155,7 @@ def build(folder: Path, compiler: list[str]) -> Path:
     arches = list(dict.fromkeys(row.arch for row in ROWS))
     kernels: list[str] = []
     rows: list[str] = []
+    ranks: list[str] = []
     variants: list[str] = []
     index: dict[str, list[dict[str, object]]] = {arch: [] for arch in arches}
     sizes = dict.fromkeys(arches, 0)
@@ -108,39 +165,56 @@ def build(folder: Path, compiler: list[str]) -> Path:
         target = folder / "bundles" / row.arch
         target.mkdir(parents=True, exist_ok=True)
         rows.append(
-            f'{_quote(f"{row.arch}.fake.{row.name}")}, {bundle}, "portable", {row.precision}, {row.accuracy}, '
+            f'{_quote(f"{row.arch}.fake.{row.name}")}, {bundle}, "{row.family}", {row.precision}, {row.accuracy}, '
             f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS}u, {1 << abi.FP16 | 1 << abi.BF16}u, 128, "
-            f'8388608, 0.02, "{{}}", "{{}}"'
+            f'8388608, 0.02, "{{}}", "{{}}", {len(ranks)}, {len(row.rank_when)}'
         )
+        for when in row.rank_when:
+            bounds = ", ".join(map(str, (*when.head_dim, *when.seqlen_q, *when.seqlen_k, when.tiles_max)))
+            ranks.append(f"{when.rank}, {when.causal}, {bounds}")
         for head_dim in (64, 128):
             for dtype, dtype_code in DTYPES.items():
                 for causal in (0, 1):
-                    uses = []
+                    uses = dict.fromkeys(ROLES, -1)
+                    wgmma = row.family == "wgmma"
+                    hidden = 0 if wgmma else 2
                     for role, signature in signatures(row, dtype).items():
                         symbol = f"{row.arch}_{row.name}_{role}_{dtype}_d{head_dim}_c{causal}"
                         data = f"#{len(kernels):04d} {symbol} ".encode() * 20
                         digest = hashlib.sha256(data)
                         (target / f"{symbol}.cubin").write_bytes(data)
-                        tile = 128 if role == "attention" else 64
+                        tile = 128 if role == "attention" or wgmma else 64
                         shared = row.shared if role == "attention" else 1024
-                        uses.append(str(len(kernels)))
+                        launch = f"{row.cluster}, 1, 0"
+                        if role == "attention":
+                            launch = f"1, {row.ctas_per_sm}, {int(wgmma)}"
+                        uses[role] = len(kernels)
                         kernels.append(
-                            f"{bundle}, {_quote(symbol + '.cubin')}, {_quote(symbol)}, {_quote(signature)}, 2, 256, "
-                            f"{shared}, {tile}, {len(data)}u, {{{', '.join(map(str, digest.digest()))}}}"
+                            f"{bundle}, {_quote(symbol + '.cubin')}, {_quote(symbol)}, {_quote(signature)}, {hidden}, "
+                            f"256, {shared}, 0, {tile}, {launch}, {len(data)}u, "
+                            f"{{{', '.join(map(str, digest.digest()))}}}"
                         )
                         index[row.arch].append({"file": f"{symbol}.cubin", "sha256": digest.hexdigest()})
                         sizes[row.arch] += len(data)
-                        letters = {"i32": "i", "i64": "l", "fp32": "f"}
+                        letters = {"i32": "i", "i64": "l", "fp32": "f", "tensormap": "t"}
                         kinds = [item.split(":")[1] for item in signature.split()]
-                        types.append(symbol + " " + "".join(letters.get(k, "p") for k in kinds) + "ll")
-                    variants.append(f"{number}, {head_dim}, {causal}, {dtype_code}, {{{', '.join(uses)}}}")
+                        types.append(symbol + " " + "".join(letters.get(k, "p") for k in kinds) + "l" * hidden)
+                    numbers = ", ".join(map(str, uses.values()))
+                    variants.append(f"{number}, {head_dim}, {causal}, {dtype_code}, {{{numbers}}}")
     bundles = []
     for arch in arches:
         (folder / "bundles" / arch / "index.json").write_text(json.dumps({"schema": 1, "kernels": index[arch]}))
         bundles.append(f'{_quote(arch)}, "sm_fake", "12.9", 12000, {len(index[arch])}, {sizes[arch]}')
     absences = [f"{low}, {high}, {precision}, {_quote(reason)}" for low, high, precision, reason in ABSENCES]
     source = ['#include "table.h"', "namespace sagert {"]
-    tables = {"Bundle": bundles, "Kernel": kernels, "Row": rows, "Variant": variants, "Absence": absences}
+    tables = {
+        "Bundle": bundles,
+        "Kernel": kernels,
+        "Row": rows,
+        "Rank": ranks,
+        "Variant": variants,
+        "Absence": absences,
+    }
     for kind, entries in tables.items():
         body = "".join(f"  {{{entry}}},\n" for entry in entries)
         source.append(f"const {kind}Entry k{kind}s[] = {{\n{body}}};")

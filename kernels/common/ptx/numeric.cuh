@@ -4,6 +4,13 @@
 
 #include "integers.cuh"
 
+namespace sagert {
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float nan() { return __int_as_float(0x7fffffff); }
+
+}  // namespace sagert
+
 namespace sagert::ptx {
 
 // 2^x, relative error 2^-22, subnormal results flushed to 0.

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgmma (sm_90a): D[64, N] = A[64, K] * B[K, N] (+ D), asynchronous, issued by the 4 warps of a warpgroup.
 //
-// A thread of warp w, lane t holds of D rows 16 w + t / 4 and that + 8: d[4 j + 0, 1] are columns 8 j + 2 (t % 4) + 0, 1 of the
-// first row, d[4 j + 2, 3] those of the second. A comes from registers (a[0..3]) or shared memory, B from shared memory.
+// A thread of warp w, lane t holds of D rows 16 w + t / 4 and that + 8: d[4 j + 0, 1] are columns 8 j + 2 (t % 4) + 0,
+// 1 of the first row, d[4 j + 2, 3] those of the second. A comes from registers (a[0..3]) or shared memory, B from
+// shared memory.
 #pragma once
 
 #include "integers.cuh"
@@ -76,135 +77,261 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
 
 #define SAGERT_ACC_R(x) "+r"(x)
 #define SAGERT_ACC_F(x) "+f"(x)
+#define SAGERT_NEW_R(x) "=r"(x)
+#define SAGERT_NEW_F(x) "=f"(x)
 
 // Scores: s8 A (shared memory or registers) and s8 B, int32 D, K = 32. `accumulate` 0 ignores the old D.
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, %32, %33, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-      : "l"(a), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, %32, %33, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, %32, %33, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[48], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, %48, %49, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
-      : "l"(a), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, %48, %49, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, %48, %49, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS48(SAGERT_NEW_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[48], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, {%48, %49, %50, %51}, %52, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, {%48, %49, %50, %51}, %52, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, {%48, %49, %50, %51}, %52, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS48(SAGERT_NEW_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-      : "l"(a), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
+        : "l"(a), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 // P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D is kept with about 14 bits.
 template <int accumulate>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 // P V with u8 A (registers) and s8 B (K-major), K = 32; exact.
 template <int accumulate>
 __device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 // P V with 16-bit A (registers) and B (MN-major: rows of B are keys), K = 16.
 template <int accumulate>
 __device__ __forceinline__ void wgmma_f16(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_f16(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SAGERT_WGMMA_D32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 template <int accumulate>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-      : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  if constexpr (accumulate != 0) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  } else {  // no input: what the registers held is dead
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SAGERT_WGMMA_D64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+  }
 }
 
 #undef SAGERT_WGMMA_D32
@@ -215,5 +342,7 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t* a, ui
 #undef SAGERT_WGMMA_OPERANDS64
 #undef SAGERT_ACC_R
 #undef SAGERT_ACC_F
+#undef SAGERT_NEW_R
+#undef SAGERT_NEW_F
 
 }  // namespace sagert::ptx

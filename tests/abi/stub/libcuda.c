@@ -2,12 +2,15 @@
 /* A driver without a GPU, steered by environment variables:
  *   STUB_DRIVER       CUDA version (12090)
  *   STUB_CAPABILITY   one capability per device, separated by commas ("90")
- *   STUB_INIT, STUB_RETAIN, STUB_LOAD, STUB_GET_KERNEL, STUB_FUNCTION, STUB_ATTRIBUTE, STUB_LAUNCH   errors to return
+ *   STUB_INIT, STUB_RETAIN, STUB_LOAD, STUB_GET_KERNEL, STUB_FUNCTION, STUB_ATTRIBUTE, STUB_TENSOR_MAP, STUB_MEMSET,
+ *                     STUB_LAUNCH   errors to return
  *   STUB_FAIL_ONCE    if set, STUB_LOAD applies to the first load only
  *   STUB_LOG          file that receives one line per call
- *   STUB_TYPES        file of lines "symbol types", types being one letter per parameter: p, l (64 bits), i, f
+ *   STUB_TYPES        file of lines "symbol types", types being one letter per parameter: p, l (64 bits), i, f,
+ *                     t (tensor map, shown as the number of its encoding)
  * It insists on what the real one insists on: cuInit first, a current context, relaxed capture mode to load code, no
- * use after fork. A symbol is dropped by compiling with -DcuName=absent. */
+ * use after fork, aligned tensor maps, whole clusters, leave for large ones. A symbol is dropped by compiling with
+ * -DcuName=absent. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdarg.h>
@@ -21,14 +24,24 @@
 #define MAX_KERNELS 4096
 
 typedef struct {
+  unsigned id, pad;
+  union {
+    unsigned cluster[3];
+    int serialization;
+    char bytes[64];
+  } value;
+} launch_attribute;
+
+typedef struct {
   unsigned grid[3], block[3], shared;
   void* stream;
-  void* attrs;
+  launch_attribute* attrs;
   unsigned attr_count;
 } launch_config;
 
 typedef struct {
   char name[256];
+  int large_clusters;
 } kernel_record;
 
 static int g_pid;
@@ -36,6 +49,7 @@ static int g_libraries;
 static int g_loads;
 static kernel_record g_kernels[MAX_KERNELS];
 static int g_kernel_count;
+static int g_maps;
 static __thread int t_mode; /* 0: global, 2: relaxed */
 static __thread void* t_stack[16];
 static __thread int t_depth;
@@ -232,6 +246,7 @@ API int cuKernelGetFunction(void** function, void* kernel) {
 API int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
   REQUIRE_INIT();
   note("cuKernelSetAttribute %s %d %d device %d", ((kernel_record*)kernel)->name, attribute, value, device);
+  if (attribute == 14) ((kernel_record*)kernel)->large_clusters = value;
   return env_int("STUB_ATTRIBUTE", 0);
 }
 
@@ -247,6 +262,7 @@ static void format_parameters(const char* symbol, void** parameters, char* out, 
       const void* value = parameters[i];
       if (types[i] == 'i') used += (size_t)snprintf(out + used, size - used, " %d", *(const int32_t*)value);
       if (types[i] == 'f') used += (size_t)snprintf(out + used, size - used, " %.9g", (double)*(const float*)value);
+      if (types[i] == 't') used += (size_t)snprintf(out + used, size - used, " %d", *(const int32_t*)value);
       if (types[i] == 'p' || types[i] == 'l') {
         used += (size_t)snprintf(out + used, size - used, " %lld", (long long)*(const int64_t*)value);
       }
@@ -256,16 +272,61 @@ static void format_parameters(const char* symbol, void** parameters, char* out, 
   if (file != NULL) fclose(file);
 }
 
+API int cuMemsetD32Async(unsigned long long address, unsigned value, size_t count, void* stream) {
+  REQUIRE_INIT();
+  if (t_depth == 0) return 201;
+  note("cuMemsetD32Async %llu %u %zu stream %p", address, value, count, stream);
+  return env_int("STUB_MEMSET", 0);
+}
+
+API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                               const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                               int swizzle, int promotion, int fill) {
+  REQUIRE_INIT();
+  if ((uintptr_t)map % 64 != 0 || (uintptr_t)address % 16 != 0 || rank != 4) return 1;
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (sizes[i] == 0 || sizes[i] > (uint64_t)1 << 32 || box[i] == 0 || box[i] > 256) return 1;
+    if (i + 1 < rank && (strides[i] % 16 != 0 || strides[i] >= (uint64_t)1 << 40)) return 1;
+  }
+  int number = __atomic_add_fetch(&g_maps, 1, __ATOMIC_SEQ_CST);
+  memset(map, 0, 128);
+  memcpy(map, &number, sizeof(number));
+  note(
+      "cuTensorMapEncodeTiled %d type %d address %llu sizes %llu %llu %llu %llu strides %llu %llu %llu box %u %u %u %u "
+      "steps %u %u %u %u modes %d %d %d %d",
+      number, type, (unsigned long long)(uintptr_t)address, (unsigned long long)sizes[0], (unsigned long long)sizes[1],
+      (unsigned long long)sizes[2], (unsigned long long)sizes[3], (unsigned long long)strides[0],
+      (unsigned long long)strides[1], (unsigned long long)strides[2], box[0], box[1], box[2], box[3], steps[0],
+      steps[1], steps[2], steps[3], interleave, swizzle, promotion, fill);
+  return env_int("STUB_TENSOR_MAP", 0);
+}
+
 API int cuLaunchKernelEx(const launch_config* config, void* function, void** parameters, void** extra) {
   REQUIRE_INIT();
   if (t_depth == 0) return 201;
   if (extra != NULL) return 1;
+  unsigned cluster = 1;
+  int dependent = 0;
+  for (unsigned i = 0; i < config->attr_count; ++i) {
+    const launch_attribute* attribute = &config->attrs[i];
+    if (attribute->id == 4) {
+      cluster = attribute->value.cluster[0];
+      if (attribute->value.cluster[1] != 1 || attribute->value.cluster[2] != 1) return 1;
+    } else if (attribute->id == 6) {
+      dependent = attribute->value.serialization;
+    } else {
+      return 1;
+    }
+  }
+  if (cluster == 0 || config->grid[0] % cluster != 0) return 1;
+  if (cluster > 8 && !((kernel_record*)function)->large_clusters) return 912;
   if (getenv("STUB_LOG") != NULL) {
     char text[3000];
     const char* name = ((kernel_record*)function)->name;
     format_parameters(name, parameters, text, sizeof(text));
-    note("cuLaunchKernelEx %s grid %u block %u shared %u stream %p context %p params%s", name, config->grid[0],
-         config->block[0], config->shared, config->stream, t_stack[t_depth - 1], text);
+    note("cuLaunchKernelEx %s grid %u block %u shared %u stream %p context %p cluster %u dependent %d params%s", name,
+         config->grid[0], config->block[0], config->shared, config->stream, t_stack[t_depth - 1], cluster, dependent,
+         text);
   }
   return env_int("STUB_LAUNCH", 0);
 }

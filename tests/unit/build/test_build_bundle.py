@@ -15,11 +15,28 @@ import pytest
 pytest.importorskip("triton")
 
 from build_tools import build, cache, compile_triton, expand, table
-from build_tools.bundle import Bundle, write
+from build_tools.bundle import Bundle, index, write
 from build_tools.expand import Job
 from build_tools.manifest import load
 
 ROOT = Path(__file__).resolve().parents[3]
+RANKS = """
+[[row.rank_when]]
+rank = 120
+causal = true
+head_dim = 64
+seqlen_q_max = 2048
+
+[[row.rank_when]]
+rank = 130
+seqlen_k_min = 10
+tiles_max = 66
+
+[[row.rank_when]]
+rank = 140
+head_dim = 32
+
+"""
 
 
 def _build(kernels: Path, folder: Path) -> list[Bundle]:
@@ -42,11 +59,11 @@ def test_build_is_reproducible_and_complete(kernels: Path, tmp_path: Path, monke
     assert _contents(tmp_path / "one") == _contents(tmp_path / "two")
     assert (tmp_path / "one.cc").read_bytes() == (tmp_path / "two.cc").read_bytes()
 
-    index = json.loads((tmp_path / "one/bundles/sm80/index.json").read_text())
-    assert (index["schema"], index["arch"], index["target"], index["toolkit"]) == (1, "sm80", "sm_80", "12.9")
-    assert index["runs_on"] == ["8.0", "8.7"]
-    assert len(index["kernels"]) == 3
-    for entry in index["kernels"]:
+    written = json.loads((tmp_path / "one/bundles/sm80/index.json").read_text())
+    assert (written["schema"], written["arch"], written["target"], written["toolkit"]) == (1, "sm80", "sm_80", "12.9")
+    assert written["runs_on"] == ["8.0", "8.7"]
+    assert len(written["kernels"]) == 3
+    for entry in written["kernels"]:
         data = (tmp_path / "one/bundles/sm80" / entry["file"]).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (entry["sha256"], entry["length"])
         assert entry["symbol"].encode() in data
@@ -68,9 +85,22 @@ def test_build_is_reproducible_and_complete(kernels: Path, tmp_path: Path, monke
 
 def test_table_compiles(kernels: Path, tmp_path: Path) -> None:
     pytest.importorskip("ziglang")
+    path = kernels / "sm80" / "manifest.toml"
+    path.write_text(path.read_text().replace("[[absent]]", RANKS + "[[absent]]"))
     bundles = [Bundle(expand.expand(manifest), ()) for manifest in load(kernels)]
+    assert index(bundles[0])["rows"][0]["rank_when"] == [
+        {"rank": 120, "causal": True, "head_dim": 64, "seqlen_q_max": 2048},
+        {"rank": 130, "seqlen_k_min": 10, "tiles_max": 66},
+        {"rank": 140, "head_dim": 32},
+    ]
     text = table.render(bundles)
+    most = 2**63 - 1
+    assert f"{{120, 1, 33, 64, 0, 2048, 0, {most}, {most}}},\n" in text
+    assert f"{{130, -1, 0, {most}, 0, {most}, 10, {most}, 66}},\n" in text
+    assert f"{{140, -1, 1, 32, 0, {most}, 0, {most}, {most}}},\n" in text
+    assert "kRankCount = 3;" in text
     assert '"sm80.tiny.int8_fp16", 0, "portable", 1, 0, 100, 80, 87, 12000, 3u, 2u, 64, 1024, 0.0135' in text
+    assert '"{\\"qk\\":\\"int8\\"}", 0, 3}' in text
     assert '{80, 87, 2, "no FP8 tensor cores"}' in text
     (tmp_path / "table.cc").write_text(text)
     command = [

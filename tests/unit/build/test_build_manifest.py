@@ -74,6 +74,18 @@ ARCH_MISTAKES = [
     ('name = "sm80"', 'name = "sm81"', r"arch: name = 'sm81': must be the folder's name, 'sm80'"),
     ('runs_on = ["8.0", "8.7"]', 'runs_on = ["8.7", "8.0"]', r"arch: runs_on = .*lowest capability is above"),
     ('runs_on = ["8.0", "8.7"]', 'runs_on = ["80"]', r"arch: runs_on = .*expected the lowest and the highest"),
+    *[
+        ("[[absent]]", f"[[row.rank_when]]\n{keys}\n[[absent]]", ROW + message)
+        for keys, message in [
+            ("causal = true", r": rank_when: rank is missing"),
+            ("rank = 120", r": rank_when: rank = 120: has no condition"),
+            ("rank = 120\nseqlen = 1", r": rank_when: seqlen = 1: unknown key; allowed: rank, causal, .*tiles_max"),
+            ("rank = 120\ncausal = 1", r": rank_when: causal = 1: expected true or false"),
+            ("rank = 120\nhead_dim = 128", r": rank_when: head_dim = 128: allowed: 32, 64"),
+            ("rank = 120\nseqlen_q_max = -1", r": rank_when: seqlen_q_max = -1: expected an integer of at least 0"),
+            ("rank = 120\nseqlen_k_min = 2\nseqlen_k_max = 1", r": rank_when: seqlen_k_min = 2: is above .*_max = 1"),
+        ]
+    ],
     ('precision = "int8_fp8"', 'precision = "int8_fp16"', r"absent 'int8_fp16': precision = .*has a row of that"),
     ('reason = "no FP8 tensor cores"', "", r"absent 'int8_fp8': reason is missing"),
 ]
@@ -122,6 +134,28 @@ def test_duplicate_row(kernels: Path) -> None:
     path.write_text(text + row)
     with pytest.raises(ManifestError, match=r"row 'sm80\.tiny\.int8_fp16': id already used in kernels/sm80"):
         load(kernels)
+
+
+def test_ranks_must_not_tie(kernels: Path) -> None:
+    path = kernels / "sm80" / "manifest.toml"
+    text = path.read_text()
+    row = text[text.index("[[row]]") : text.index("[[absent]]")].replace("sm80.tiny.int8_fp16", "sm80.tiny.second")
+    message = r"row 'sm80\.tiny\.second': rank 100 is a rank of .*row 'sm80\.tiny\.int8_fp16' too: no two may tie"
+    path.write_text(text + row)
+    with pytest.raises(ManifestError, match=message):
+        load(kernels)
+    row = row.replace("rank = 100", "rank = 90")
+    path.write_text(text + row + "[[row.rank_when]]\nrank = 100\ncausal = true\n")
+    with pytest.raises(ManifestError, match=message):
+        load(kernels)
+    path.write_text(text + row + "[[row.rank_when]]\nrank = 110\ncausal = true\n")
+    load(kernels)
+    # No device has both.
+    path.write_text(text.replace('"8.7"]', '"8.9"]') + row.replace("rank = 90", 'runs_on = ["8.9", "8.9"]\nrank = 100'))
+    with pytest.raises(ManifestError, match=message):
+        load(kernels)
+    path.write_text(text + row.replace("rank = 90", 'runs_on = ["8.9", "8.9"]\nrank = 100'))
+    load(kernels)
 
 
 def test_no_manifests(tmp_path: Path) -> None:

@@ -73,13 +73,14 @@ def test_best_rank_among_survivors(table, capability, driver, name):
             assert row["accepted"] == (not row["reasons"])
             assert all(reason["code"] and reason["text"] for reason in row["reasons"])
         if survivors:
-            best = min(survivors, key=lambda row: row.rank)
+            ranks = {row["id"].encode(): row["rank"] for row in report["rows"]}
+            best = min(survivors, key=lambda row: ranks[row.id])
             assert status == abi.OK
             assert rows[selection.row].id == best.id
             assert selection.variant >= 0
             assert report["selected"] == best.id.decode()
             assert report["nearest"] is report["hint"] is None
-            assert [row.rank for row in survivors].count(best.rank) == 1  # no two rows tie
+            assert [ranks[row.id] for row in survivors].count(ranks[best.id]) == 1  # no two rows tie
         else:
             assert status == abi.UNSUPPORTED
             assert selection.row == selection.variant == -1
@@ -121,10 +122,11 @@ def test_every_row_is_reachable(table):
     """A device and a request for which the row wins."""
     rows = table.rows()
     reached = set()
-    for row, dtype in itertools.product(rows, (abi.FP16, abi.BF16)):
+    shapes = itertools.product((abi.FP16, abi.BF16), (64, 1000, 32768), (0, abi.CAUSAL))
+    for row, (dtype, length, flags) in itertools.product(rows, list(shapes)):
         drivers = {row.driver_min, *(other.driver_min for other in rows)}
         for capability, driver in itertools.product((row.capability_min, row.capability_max), drivers):
-            req = abi.request(precision=row.precision, dtype=dtype)
+            req = abi.request(precision=row.precision, dtype=dtype, seqlen_q=length, seqlen_k=length, flags=flags)
             status, selection = table.select(req, abi.device(capability, driver))
             if status == abi.OK:
                 reached.add(rows[selection.row].id)
@@ -195,6 +197,36 @@ def test_texts(lib):
     lib.select(abi.request(precision=abi.INT8_FP8), abi.device(86))
     assert "int8_fp8: these GPUs have no FP8 tensor cores" in lib.error()
     assert lib.explain(abi.request(), abi.device(75))["hint"] == "use a GPU of compute capability 8.0 to 8.7"
+
+
+INT8_INT8_RANKS = [  # request, rank of the invented int8_int8 row, row that auto takes
+    ({}, 80, "int8_int8"),
+    ({"flags": abi.CAUSAL}, 120, "int8_fp8"),
+    ({"flags": abi.CAUSAL, "head_dim": 65}, 120, "int8_fp8"),
+    ({"flags": abi.CAUSAL, "head_dim": 64}, 80, "int8_int8"),
+    ({"flags": abi.CAUSAL, "seqlen_q": 2048}, 120, "int8_fp8"),
+    ({"flags": abi.CAUSAL, "seqlen_q": 2049}, 80, "int8_int8"),
+    ({"seqlen_q": 512}, 95, "int8_fp8"),  # 64 tiles
+    ({"seqlen_q": 513}, 80, "int8_int8"),
+    ({"seqlen_q": 0}, 95, "int8_fp8"),
+    ({"seqlen_q": 512, "flags": abi.CAUSAL}, 120, "int8_fp8"),  # the first entry that fits
+    ({"seqlen_k": 4095}, 80, "int8_int8"),
+    ({"seqlen_k": 4096}, 110, "int8_fp8"),
+    ({"seqlen_k": 8191}, 110, "int8_fp8"),
+    ({"seqlen_k": 8192}, 80, "int8_int8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "rank", "chosen"), INT8_INT8_RANKS, ids=str)
+def test_rank_depends_on_the_request(lib, changes, rank, chosen):
+    report = lib.explain(abi.request(**changes), abi.device(100))
+    ranks = {row["id"]: row["rank"] for row in report["rows"]}
+    assert ranks["sm100.fake.int8_int8"] == rank
+    assert ranks["sm100.fake.int8_fp8"] == 90
+    assert report["selected"] == f"sm100.fake.{chosen}"
+    named = lib.explain(abi.request(precision=abi.INT8_INT8, **changes), abi.device(100))
+    assert named["selected"] == "sm100.fake.int8_int8"
+    assert [row.rank for row in lib.rows() if row.id == b"sm100.fake.int8_int8"] == [80]
 
 
 @pytest.mark.parametrize("name", [b"", b'GPU \xff\xfe"\\\n', b"x" * 128])

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the families' plans have in common.
+#ifndef SAGERT_HOST_FAMILIES_COMMON_H_
+#define SAGERT_HOST_FAMILIES_COMMON_H_
+
+#include <cstdint>
+
+#include "sagert.h"
+
+namespace sagert {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }  // values that selection has bounded
+
+// Strides with those of single-element dimensions, which mean nothing, set to 0.
+struct Strides {
+  int64_t b, h, s, d;
+};
+
+inline Strides strides_of(const sagert_tensor& tensor, int64_t b, int64_t h, int64_t s, int64_t d) {
+  return {b == 1 ? 0 : tensor.stride[0], h == 1 ? 0 : tensor.stride[1], s == 1 ? 0 : tensor.stride[2],
+          d == 1 ? 1 : tensor.stride[3]};
+}
+
+// Rows are contiguous and aligned to 16 bytes, at strides that are multiples of `elements`.
+inline bool has_aligned_rows(const sagert_tensor& tensor, const Strides& strides, int64_t elements) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 && strides.b % elements == 0 &&
+         strides.h % elements == 0 && strides.s % elements == 0;
+}
+
+// Hands out the workspace.
+class Layout {
+ public:
+  // The offset of a buffer; 0 for one that is not needed, whose pointer the kernels leave alone.
+  int64_t reserve(bool needed, int64_t bytes) {
+    constexpr int64_t kAlignment = 256;
+    if (!needed) return 0;
+    int64_t offset = size_;
+    size_ += round_up(bytes, kAlignment);
+    return offset;
+  }
+  int64_t size() const { return size_; }
+
+ private:
+  int64_t size_ = 0;
+};
+
+inline const void* workspace_at(const sagert_attention_args& args, int64_t offset) {
+  return static_cast<const char*>(args.workspace) + offset;
+}
+
+constexpr const char* kQStrides[] = {"q_sb", "q_sh", "q_ss", "q_sd"};
+constexpr const char* kKStrides[] = {"k_sb", "k_sh", "k_ss", "k_sd"};
+constexpr const char* kVStrides[] = {"v_sb", "v_sh", "v_ss", "v_sd"};
+constexpr const char* kOutStrides[] = {"o_sb", "o_sh", "o_ss", "o_sd"};
+
+template <typename Sink>
+void pass_strides(Sink& sink, const char* const names[4], const Strides& strides) {
+  sink.i64(names[0], strides.b);
+  sink.i64(names[1], strides.h);
+  sink.i64(names[2], strides.s);
+  sink.i64(names[3], strides.d);
+}
+
+}  // namespace sagert
+
+#endif  // SAGERT_HOST_FAMILIES_COMMON_H_

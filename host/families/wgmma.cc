@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+// Workspace layout and parameters are those of kernels/sm90/prepass.cu and attention.cu.
+#include "wgmma.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "../bundle.h"
+#include "../error.h"
+#include "../launch.h"
+#include "../request.h"
+#include "../table.h"
+#include "common.h"
+
+namespace sagert {
+namespace {
+
+constexpr int64_t kBlock = 128;         // keys per block of quantized K and V
+constexpr int64_t kKeyGroups = 4;       // of a block, each with a scale of its own
+constexpr int64_t kVectorElements = 8;  // what the kernels' vector path needs strides to be multiples of
+constexpr int64_t kTileCounterSize = 64;
+constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
+constexpr int64_t kMapStrideMax = int64_t{1} << 40;   // bytes, of a tensor map
+constexpr int64_t kWord = 4;
+constexpr int64_t kHalf = 2;
+
+// How attention reads V.
+enum class Pv { kFp8, kInt8, kIo };
+
+// What the signatures of a variant's kernels say.
+struct Traits {
+  Pv pv = Pv::kFp8;
+  std::string defect;  // not empty: the build and this file disagree
+};
+
+// Everything the kernels are told, worked out once per call.
+struct Plan {
+  const sagert_attention_args* args = nullptr;
+  Pv pv = Pv::kFp8;
+  int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
+  Strides q{}, k{}, v{}, out{};
+  bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
+  bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
+  // Offsets into the workspace.
+  int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
+  int64_t tile_counter = 0;
+  int64_t size = 0;
+  CUtensorMap v_map{};
+};
+
+void place_buffers(Plan& plan) {
+  int64_t d = plan.padded_head_dim;
+  int64_t heads = plan.heads_kv_total;
+  int64_t blocks = heads * plan.blocks;
+  bool quantized_v = plan.pv != Pv::kIo;
+  Layout layout;
+  plan.k8 = layout.reserve(true, blocks * kBlock * d);
+  plan.k_scale = layout.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_bad = layout.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_shift = layout.reserve(true, heads * d * kWord);
+  plan.v8 = layout.reserve(quantized_v || plan.copy_v, blocks * kBlock * d * (quantized_v ? 1 : kHalf));
+  plan.v_scale = layout.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
+  plan.v_mean = layout.reserve(quantized_v, heads * d * kWord);
+  plan.v_first = layout.reserve(plan.v_stats, heads * 2 * d * kWord);
+  plan.head_flags = layout.reserve(true, heads * 2 * kWord);
+  plan.tile_counter = layout.reserve(true, kTileCounterSize * kWord);
+  plan.size = layout.size();
+}
+
+// Whether a tensor map can describe V. It fills what lies beyond head_dim_v with zeros.
+bool is_mappable(const sagert_tensor& v, const Strides& strides) {
+  auto fits = [](int64_t stride) { return stride >= 0 && stride < kMapStrideMax / kHalf; };
+  return has_aligned_rows(v, strides, kVectorElements) && fits(strides.b) && fits(strides.h) && fits(strides.s);
+}
+
+// Query heads whose keys and values stay in L2 together, whole groups of them.
+int64_t section_of(const Plan& plan) {
+  int64_t bytes_per_head = plan.blocks * kBlock * plan.padded_head_dim * (plan.pv == Pv::kIo ? 1 + kHalf : 2);
+  int64_t heads_kv = std::max(kSectionBytes / bytes_per_head, int64_t{1});
+  int64_t group = plan.args->heads_q / plan.args->heads_kv;
+  return std::min(heads_kv * group, plan.heads_q_total);
+}
+
+Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
+  Plan plan;
+  plan.args = &args;
+  plan.pv = traits.pv;
+  int64_t d = plan.padded_head_dim = variant.head_dim;
+  // Without keys one block of padding is still quantized, so that attention finds defined scales.
+  plan.blocks = std::max(ceil_div(args.seqlen_k, kBlock), int64_t{1});
+  plan.heads_kv_total = args.batch * args.heads_kv;
+  plan.heads_q_total = args.batch * args.heads_q;
+  plan.tiles = ceil_div(args.seqlen_q, kKernels[variant.kernels[kAttention]].tile);
+  plan.section = section_of(plan);
+
+  plan.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
+  plan.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
+  plan.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
+  plan.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
+  plan.q_vec = has_aligned_rows(args.q, plan.q, kVectorElements) && args.head_dim == d;
+  plan.k_vec = has_aligned_rows(args.k, plan.k, kVectorElements) && args.head_dim == d;
+  plan.v_vec = has_aligned_rows(args.v, plan.v, kVectorElements) && args.head_dim_v == d;
+  plan.out_vec = has_aligned_rows(args.out, plan.out, kVectorElements) && args.head_dim_v == d;
+
+  plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
+  plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
+  bool direct_v = plan.pv == Pv::kIo && args.v.data != nullptr && args.seqlen_k > 0 && is_mappable(args.v, plan.v);
+  plan.copy_v = plan.pv == Pv::kIo && !direct_v;
+  // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are.
+  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0;
+  plan.v_jobs = plan.v_stats || plan.copy_v;
+  place_buffers(plan);
+  return plan;
+}
+
+const void* at(const Plan& plan, int64_t offset) { return workspace_at(*plan.args, offset); }
+
+// The map of V as attention reads it: the caller's tensor, or the padded copy.
+void encode_v_map(const Driver& driver, Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  int64_t keys = args.seqlen_k;
+  int64_t channels = args.head_dim_v;
+  Strides strides = plan.v;
+  const void* data = args.v.data;
+  if (plan.copy_v) {
+    keys = plan.blocks * kBlock;
+    channels = plan.padded_head_dim;
+    strides = {args.heads_kv * keys * channels, keys * channels, channels, 1};
+    data = at(plan, plan.v8);
+  }
+  auto u64 = [](int64_t value) { return static_cast<uint64_t>(value); };
+  const uint64_t sizes[] = {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)};
+  const uint64_t byte_strides[] = {u64(strides.s * kHalf), u64(strides.h * kHalf), u64(strides.b * kHalf)};
+  constexpr uint32_t kBox[] = {64, static_cast<uint32_t>(kBlock), 1, 1};  // 64 channels: the width of the swizzle
+  constexpr uint32_t kSteps[] = {1, 1, 1, 1};
+  CUresult result = driver.api().cuTensorMapEncodeTiled(
+      &plan.v_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, byte_strides, kBox, kSteps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  driver.check(result, "encoding the tensor map of V");
+}
+
+template <typename Sink>
+void pass_quantize_kv(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("K", args.k.data);
+  sink.pointer("V", args.v.data);
+  sink.pointer("K8", at(plan, plan.k8));
+  sink.pointer("KScale", at(plan, plan.k_scale));
+  sink.pointer("KBad", at(plan, plan.k_bad));
+  sink.pointer("KShift", at(plan, plan.k_shift));
+  sink.pointer("V8", at(plan, plan.v8));
+  sink.pointer("VScale", at(plan, plan.v_scale));
+  sink.pointer("VMean", at(plan, plan.v_mean));
+  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.pointer("HeadFlags", at(plan, plan.head_flags));
+  sink.pointer("TileCounter", at(plan, plan.tile_counter));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("blocks", narrow(plan.blocks));
+  sink.i32("heads_kv", narrow(args.heads_kv));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("smooth_k", plan.smooth_k);
+  sink.i32("v_jobs", plan.v_jobs);
+  sink.i32("copy_v", plan.copy_v);
+  sink.i32("v_stats", plan.v_stats);
+  pass_strides(sink, kKStrides, plan.k);
+  pass_strides(sink, kVStrides, plan.v);
+  sink.i32("k_vec", plan.k_vec);
+  sink.i32("v_vec", plan.v_vec);
+}
+
+template <typename Sink>
+void pass_attention(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("Q", args.q.data);
+  sink.pointer("K8", at(plan, plan.k8));
+  sink.pointer("KScale", at(plan, plan.k_scale));
+  sink.pointer("KBad", at(plan, plan.k_bad));
+  sink.pointer("KShift", at(plan, plan.k_shift));
+  if (plan.pv == Pv::kIo) {
+    sink.tensormap("VMap", plan.v_map);
+  } else {
+    sink.pointer("V8", at(plan, plan.v8));
+  }
+  sink.pointer("VScale", at(plan, plan.v_scale));
+  sink.pointer("VMean", at(plan, plan.v_mean));
+  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.pointer("HeadFlags", at(plan, plan.head_flags));
+  sink.pointer("Out", args.out.data);
+  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.pointer("TileCounter", at(plan, plan.tile_counter));
+  sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
+  sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("blocks", narrow(plan.blocks));
+  sink.i32("heads_q", narrow(args.heads_q));
+  sink.i32("group", narrow(args.heads_q / args.heads_kv));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("tiles", narrow(plan.tiles));
+  sink.i32("heads_total", narrow(plan.heads_q_total));
+  sink.i32("section", narrow(plan.section));
+  pass_strides(sink, kQStrides, plan.q);
+  pass_strides(sink, kOutStrides, plan.out);
+  sink.i32("q_vec", plan.q_vec);
+  sink.i32("o_vec", plan.out_vec);
+  sink.i32("write_lse", plan.write_lse);
+}
+
+// What is wrong with a kernel's signature; empty when nothing is.
+std::string defect_of(const KernelEntry& entry, const ParameterList& list, Pv pv) {
+  if (!matches_signature(list.text(), entry.signature)) {
+    return concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
+  }
+  if (pv != Pv::kIo && pointee(entry.signature, "VScale") != (pv == Pv::kInt8 ? "bf16" : "fp32")) {
+    return concat("kernel ", entry.file, " has scales of V in ", pointee(entry.signature, "VScale"));
+  }
+  return "";
+}
+
+Traits read_traits(const VariantEntry& variant) {
+  Traits traits;
+  if (variant.kernels[kQuantizeKv] < 0 || variant.kernels[kAttention] < 0 || variant.kernels[kKvStats] >= 0 ||
+      variant.kernels[kQuantizeQ] >= 0) {
+    traits.defect = concat("row ", kRows[variant.row].id, " must have the roles quantize_kv and attention alone");
+    return traits;
+  }
+  const KernelEntry& quantize = kKernels[variant.kernels[kQuantizeKv]];
+  const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
+  std::string v = pointee(quantize.signature, "V8");
+  traits.pv = v == "fp8e4nv" ? Pv::kFp8 : v == "i8" ? Pv::kInt8 : Pv::kIo;
+  sagert_attention_args args{};
+  args.heads_q = args.heads_kv = 1;
+  Plan plan;
+  plan.args = &args;
+  plan.pv = traits.pv;
+  ParameterList quantize_list;
+  pass_quantize_kv(quantize_list, plan);
+  ParameterList attention_list;
+  pass_attention(attention_list, plan);
+  traits.defect = defect_of(quantize, quantize_list, traits.pv);
+  if (traits.defect.empty()) traits.defect = defect_of(attention, attention_list, traits.pv);
+  if (traits.defect.empty() && (quantize.tile != kBlock || attention.tile <= 0)) {
+    traits.defect = concat("kernels ", quantize.file, " and ", attention.file, " have tiles ", quantize.tile, " and ",
+                           attention.tile);
+  }
+  return traits;
+}
+
+class Wgmma : public Family {
+ public:
+  Wgmma() {
+    for (int32_t i = 0; i < kVariantCount; ++i) {
+      bool mine = std::string(kRows[kVariants[i].row].family) == "wgmma";
+      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
+    }
+  }
+
+  uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const override {
+    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).size);
+  }
+
+  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
+           Phase phase) const override {
+    const VariantEntry& entry = kVariants[variant];
+    Plan plan = make_plan(args, entry, traits(variant));
+    check_workspace(args, static_cast<uint64_t>(plan.size));
+    bool prepass = (phase & kPrepass) != 0;
+    bool attend = (phase & kAttend) != 0;
+    // Everything is made ready before the first launch: a failure leaves nothing half done.
+    CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
+    CUkernel attention = attend ? ready_kernel(driver, device, entry.kernels[kAttention]) : nullptr;
+    if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
+    if (prepass) {
+      const KernelEntry& kernel = kKernels[entry.kernels[kQuantizeKv]];
+      KernelParameters parameters;
+      pass_quantize_kv(parameters, plan);
+      int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
+      launch(driver, quantize_kv, kernel, jobs * kernel.cluster, parameters, args.stream);
+    }
+    if (attend) {
+      // The pre-pass sets the counter of tiles back; where attention is repeated without it, that is done here.
+      if (!prepass) reset_tile_counter(driver, plan);
+      const KernelEntry& kernel = kKernels[entry.kernels[kAttention]];
+      KernelParameters parameters;
+      pass_attention(parameters, plan);
+      int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
+      launch(driver, attention, kernel, blocks, parameters, args.stream, prepass);
+    }
+  }
+
+ private:
+  static void reset_tile_counter(const Driver& driver, const Plan& plan) {
+    auto address = static_cast<CUdeviceptr>(reinterpret_cast<uintptr_t>(at(plan, plan.tile_counter)));
+    driver.check(driver.api().cuMemsetD32Async(address, 0, static_cast<size_t>(kTileCounterSize),
+                                               static_cast<CUstream>(plan.args->stream)),
+                 "setting the counter of tiles back");
+  }
+
+  const Traits& traits(int32_t variant) const {
+    const Traits& traits = traits_[static_cast<size_t>(variant)];
+    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
+    return traits;
+  }
+
+  std::vector<Traits> traits_;
+};
+
+}  // namespace
+
+const Family& wgmma_family() {
+  static const Wgmma* instance = new Wgmma;
+  return *instance;
+}
+
+}  // namespace sagert

@@ -1,0 +1,510 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pre-pass of the sm90 wgmma family: smooths and quantizes K and V in one launch.
+//
+// A cluster of CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first their
+// column statistics, combined over the cluster through distributed shared memory, then, from L2, the quantization.
+// Tiles are laid out in shared memory as wgmma reads them and leave through the copy engine:
+//   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
+//   V8 tile [D, 128 keys]: chunk c of channel d at 128 * d + 16 * (c ^ (d & 7)), each 16 keys in pair order.
+// All statistics are combined in a fixed order: the same input gives the same bits.
+#include "integers.cuh"
+#include "prepass_statistics.cuh"
+#include "ptx/bulk.cuh"
+#include "ptx/bulk_store.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/minmax.cuh"
+#include "ptx/numeric.cuh"
+#include "ptx/pdl.cuh"
+
+#ifndef BLOCKS_PER_SM
+#define BLOCKS_PER_SM 2
+#endif
+
+namespace sagert {
+
+// ---- Phase 2 ----
+
+// Low bytes of four words, the first lowest.
+__device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Round to nearest even of x * inverse, whose magnitude is at most 127, as int8 in the low byte.
+__device__ __forceinline__ uint32_t to_int8(float x, float inverse) {
+  return __float_as_uint(fmaf(x, inverse, kRound));
+}
+
+// Two tiles in shared memory take turns: one is written while the copy engine reads the other. Blocks go down.
+struct TileWriter {
+  Shared& s;
+  uint8_t* tiles;  // of the head, by block
+
+  // Barrier between tile number `count` of this thread block, of `block`, and the one before, which it sends. Returns
+  // room for the tile.
+  __device__ __forceinline__ uint8_t* exchange(int count, int block) {
+    if (threadIdx.x == 0) bulk_wait_read<0>();  // of the tile before the previous
+    __syncthreads();
+    if (count > 0) send(count - 1, block + 1);
+    return s.tile[count & 1];
+  }
+  __device__ __forceinline__ void finish(int count, int block) {
+    __syncthreads();
+    send(count - 1, block);
+    if (threadIdx.x == 0) bulk_wait<0>();
+  }
+  __device__ __forceinline__ void send(int count, int block) {
+    if (threadIdx.x != 0) return;
+    bulk_store(tiles + static_cast<int64_t>(block) * kTileBytes, shared_address(s.tile[count & 1]), kTileBytes);
+    bulk_commit();
+  }
+};
+
+// A warp quantizes 16 keys of one scale group: keys 8 j + 2 group + parity, for 8 values of j. Load i of lane l is row
+// i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2.
+constexpr int kKRows = 32 / kChunks;  // rows per load of a warp
+constexpr int kKLoads = 16 / kKRows;
+constexpr int kKStep = 4 * kKRows;  // rows from one load to the next, a multiple of the swizzle's period
+
+struct KTile {
+  uint32_t x[kKLoads][4];
+
+  static __device__ __forceinline__ int first_row() {
+    int warp = threadIdx.x / 32, r = threadIdx.x % 32 / kChunks;
+    return 8 * (warp / kKGroups * 8 + r / 2) + 2 * (warp % kKGroups) + r % 2;
+  }
+  __device__ __forceinline__ void load(const Input& in, int row) {
+    load_rows(x, in, row, kKStep, 8 * (threadIdx.x % kChunks));
+  }
+};
+
+// Rows of a thread that are not quantized as they are: bit i for load i.
+struct SpecialRows {
+  uint32_t zero = 0, infinite = 0;
+};
+
+__device__ __forceinline__ float row_value(const uint32_t (&x)[4], int i) {
+  return i % 2 ? high(x[i / 2]) : low(x[i / 2]);
+}
+
+// Extrema of the ordinary rows; sorts out the others and marks the non-finite rows of the warp in `bad`.
+__device__ __forceinline__ void find_special_rows(Extrema<4>& extrema, const KTile& tile, int rows_left,
+                                                  SpecialRows& special, uint32_t& bad) {
+  constexpr uint32_t kRowLanes = (1u << kChunks) - 1;
+  int first_lane = threadIdx.x % 32 / kChunks * kChunks;
+  extrema.clear();
+#pragma unroll
+  for (int i = 0; i < kKLoads; ++i) {
+    bool has_inf = false, has_nan = false;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      uint32_t magnitude = tile.x[i][j / 2] >> 16 * (j % 2) & 0x7fff;
+      has_inf |= magnitude == kInfBits;
+      has_nan |= magnitude > kInfBits;
+    }
+    uint32_t nan_lanes = __ballot_sync(0xffffffffu, has_nan);
+    uint32_t bad_lanes = __ballot_sync(0xffffffffu, has_inf) | nan_lanes;
+#pragma unroll
+    for (int r = 0; r < kKRows; ++r) {
+      if (bad_lanes >> r * kChunks & kRowLanes) bad |= 1u << (i * kKRows + r);
+    }
+    bool is_absent = i * kKStep >= rows_left;
+    bool is_bad = (bad_lanes >> first_lane & kRowLanes) != 0;
+    bool is_nan = (nan_lanes >> first_lane & kRowLanes) != 0;
+    if (!is_absent && !is_bad) extrema.add(tile.x[i]);
+    special.zero |= static_cast<uint32_t>(is_absent || is_nan) << i;
+    special.infinite |= static_cast<uint32_t>(is_bad) << i;
+  }
+}
+
+__device__ __forceinline__ uint32_t infinity_code(float value) {
+  return fabsf(value) == infinity() ? (value > 0.0f ? 127u : 0x81u) : 0u;
+}
+
+// Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
+// flight). Backwards: what was read last is in L2 for sure.
+__device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, int first, int last, int8_t* k8,
+                                           float* k_scale, int* k_bad) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int chunk = lane % kChunks;  // of 8 channels
+  float shift[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) shift[i] = s.shift[8 * chunk + i];
+  int row = KTile::first_row();  // of the thread in a block
+  int swizzle = kHeadDim == 128 ? row & 7 : row >> 1 & 3;
+  int offset = row * kHeadDim + 16 * (chunk / 2 ^ swizzle) + 8 * (chunk % 2);
+  TileWriter writer{s, reinterpret_cast<uint8_t*>(k8)};
+  int count = 0;
+#pragma unroll 1
+  for (int block = last - 1; block >= first; --block, ++count) {
+    KTile next;
+    if (!in.vectors) tile.load(in, block * kBlock + row);
+    if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + row);
+
+    auto warp_amax = [&](const Extrema<4>& extrema) {
+      float amax = 0.0f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) amax = max_nan(amax, extrema.amax(j, shift[j]));
+      return __reduce_max_sync(0xffffffffu, __float_as_uint(amax) & 0x7fffffffu);
+    };
+    Extrema<4> extrema;
+    extrema.clear();
+#pragma unroll
+    for (int i = 0; i < kKLoads; ++i) extrema.add(tile.x[i]);
+    uint32_t amax_bits = warp_amax(extrema);
+    int rows_left = in.rows - block * kBlock;
+    SpecialRows special;
+    uint32_t bad = 0;
+    bool has_special = rows_left < kBlock || amax_bits >= 0x7f800000u;
+    if (has_special) {
+      find_special_rows(extrema, tile, rows_left - row, special, bad);
+      amax_bits = warp_amax(extrema);
+    }
+    if (lane == 0) {
+      s.k_amax[count & 1][warp] = amax_bits;
+      s.k_bad[count & 1][warp] = bad;
+    }
+    uint8_t* out = writer.exchange(count, block);
+
+    auto group_amax = [&](int group) {
+      return __uint_as_float(max(s.k_amax[count & 1][group], s.k_amax[count & 1][group + kKGroups]));
+    };
+    if (threadIdx.x < kKGroups) {
+      float group = group_amax(threadIdx.x);
+      k_scale[block * kKGroups + threadIdx.x] = group < kTiny ? 1.0f : group * (1.0f / 127.0f);
+      k_bad[block * kKGroups + threadIdx.x] =
+          s.k_bad[count & 1][threadIdx.x] | s.k_bad[count & 1][threadIdx.x + kKGroups] << 16;
+    }
+    float group = group_amax(warp % kKGroups);
+    float inverse = group < kTiny ? 0.0f : 127.0f / group;
+
+    auto store = [&](bool check) {
+#pragma unroll
+      for (int i = 0; i < kKLoads; ++i) {
+        uint32_t q[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) q[j] = to_int8(row_value(tile.x[i], j) - shift[j], inverse);
+        if (check && special.infinite >> i & 1) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) q[j] = infinity_code(row_value(tile.x[i], j));
+        }
+        uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
+        if (check && special.zero >> i & 1) packed = make_uint2(0, 0);
+        *reinterpret_cast<uint2*>(out + offset + i * kKStep * kHeadDim) = packed;
+      }
+    };
+    if (has_special) {
+      store(true);
+    } else {
+      store(false);
+    }
+    fence_async_shared();
+    tile = next;
+  }
+  writer.finish(count, first);
+}
+
+// Warp w holds the 16 keys from 16 w on, a thread kVChannels channels of each.
+constexpr int kVChannels = kHeadDim / 32;
+constexpr int kVWords = kVChannels / 2;
+
+struct VTile {
+  uint32_t x[16][kVWords];
+
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * 16; }
+  __device__ __forceinline__ void load(const Input& in, int row) {
+    load_rows(x, in, row, 1, kVChannels * (threadIdx.x % 32));
+  }
+  // With `check`, 0 where there is no finite value.
+  template <bool check>
+  __device__ __forceinline__ float get(int key, int channel, const float (&shift)[kVChannels], int keys_left) const {
+    float value = channel % 2 ? high(x[key][channel / 2]) : low(x[key][channel / 2]);
+    if (check && (key >= keys_left || !is_finite(value))) return 0.0f;
+    return value - shift[channel];
+  }
+};
+
+template <bool check>
+__device__ __forceinline__ void channel_amax(float (&amax)[kVChannels], const VTile& tile,
+                                             const float (&shift)[kVChannels], int keys_left) {
+  Extrema<kVWords> extrema;
+  extrema.clear();
+#pragma unroll
+  for (int key = 0; key < 16; ++key) {
+    if constexpr (check) {
+      if (key < keys_left) extrema.add_finite(tile.x[key]);
+    } else {
+      extrema.add(tile.x[key]);
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) amax[e] = extrema.amax(e, shift[e]);
+}
+
+// bf16 not below x; x >= 0.
+__device__ __forceinline__ uint32_t bf16_above(float x) { return (__float_as_uint(x) + 0xffffu) >> 16; }
+
+// Scales of the channels of this thread for the keys of this tile; returns their inverses in place of the magnitudes.
+__device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[kVChannels], VScaleType* scale) {
+  int channel = kVChannels * (threadIdx.x % 32);
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) amax[e] = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) {
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) amax[e] = fmaxf(amax[e], s.v_amax[turn][warp][channel + e]);
+  }
+  uint32_t bits[kVChannels];
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) {
+    bool zero = amax[e] < kTiny;
+    bits[e] = bf16_above(zero ? 1.0f : amax[e] * (1.0f / 127.0f));
+    amax[e] = zero ? 0.0f : 1.0f / __uint_as_float(bits[e] << 16);
+  }
+  if (threadIdx.x < 32) {
+#pragma unroll
+    for (int e = 0; e < kVChannels; e += 2) {
+      *reinterpret_cast<uint32_t*>(scale + channel + e) = bits[e] | bits[e + 1] << 16;
+    }
+  }
+}
+
+template <bool check>
+__device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, const float (&shift)[kVChannels],
+                                             const float (&inverse)[kVChannels], int keys_left) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  uint4 row[kVChannels];
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) {
+    uint32_t word[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      float x[4];
+#pragma unroll
+      for (int p = 0; p < 4; ++p) x[p] = tile.get<check>(2 * m + p % 2 + p / 2 * 8, e, shift, keys_left);  // pair order
+      if constexpr (kInt8V) {
+        word[m] = pack_low_bytes(to_int8(x[0], inverse[e]), to_int8(x[1], inverse[e]), to_int8(x[2], inverse[e]),
+                                 to_int8(x[3], inverse[e]));
+      } else {
+        word[m] = pack_halves(to_e4m3x2(x[0] * inverse[e], x[1] * inverse[e]),
+                              to_e4m3x2(x[2] * inverse[e], x[3] * inverse[e]));
+      }
+    }
+    row[e] = make_uint4(word[0], word[1], word[2], word[3]);
+  }
+  // Eight neighbouring lanes write at once: each picks its channels in an order that gives all eight a different
+  // channel % 8, so that the swizzle sends them to different banks.
+  int order = lane * kVChannels / 8 % kVChannels;
+#pragma unroll
+  for (int bit = 1; bit < kVChannels; bit *= 2) {
+    bool swap = (order & bit) != 0;
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) {
+      if (e & bit) continue;
+      uint4 a = row[e], b = row[e | bit];
+      row[e] = swap ? b : a;
+      row[e | bit] = swap ? a : b;
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) {
+    int channel = kVChannels * lane + (e ^ order);
+    *reinterpret_cast<uint4*>(out + 128 * channel + 16 * (warp ^ (channel & 7))) = row[e];
+  }
+}
+
+// Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
+// flight).
+__device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& tile, int first, int last, VOut* v8,
+                                           VScaleType* block_scale) {
+  int lane = threadIdx.x % 32;
+  TileWriter writer{s, reinterpret_cast<uint8_t*>(v8)};
+  int count = 0;
+#pragma unroll 1
+  for (int block = last - 1; block >= first; --block, ++count) {
+    VTile next;
+    float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) {
+      shift[e] = s.shift[kVChannels * lane + e];
+      inverse[e] = s.inverse[kVChannels * lane + e];
+    }
+    if (!in.vectors) tile.load(in, block * kBlock + VTile::first_row());
+    if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + VTile::first_row());
+    int rows_left = in.rows - block * kBlock;
+    bool check = s.head_nonfinite != 0 || rows_left < kBlock;
+    if constexpr (kInt8V) {
+      float amax[kVChannels];
+      if (check) {
+        channel_amax<true>(amax, tile, shift, rows_left - VTile::first_row());
+      } else {
+        channel_amax<false>(amax, tile, shift, 16);
+      }
+#pragma unroll
+      for (int e = 0; e < kVChannels; ++e) s.v_amax[count & 1][threadIdx.x / 32][kVChannels * lane + e] = amax[e];
+    }
+    uint8_t* out = writer.exchange(count, block);
+    if constexpr (kInt8V) scale_block(s, count & 1, inverse, block_scale + static_cast<int64_t>(block) * kHeadDim);
+    if (check) {
+      write_v_tile<true>(out, tile, shift, inverse, rows_left - VTile::first_row());
+    } else {
+      write_v_tile<false>(out, tile, shift, inverse, 16);
+    }
+    fence_async_shared();
+    tile = next;
+  }
+  writer.finish(count, first);
+}
+
+// Copies rows [row, end) of a head, padding them with zeros.
+__device__ __forceinline__ void copy_rows(const Input& in, int row, int end, VOut* out) {
+  constexpr int kLoads = 4;
+  int channel = 8 * (threadIdx.x % kChunks);
+#pragma unroll 1
+  for (int r = row + threadIdx.x / kChunks; r < end; r += kLoads * kRowsPerPass) {
+    uint32_t x[kLoads][4];
+    load_rows(x, in, r, kRowsPerPass, channel);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {  // a run is a multiple of kLoads * kRowsPerPass rows
+      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(r + i * kRowsPerPass) * kHeadDim + channel) =
+          make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
+    }
+  }
+}
+static_assert(kBlock % (4 * kRowsPerPass) == 0);
+
+// ---- Jobs ----
+
+struct Params {
+  int8_t* K8;
+  float* KScale;
+  int* KBad;
+  float* KShift;
+  VOut* V8;
+  VScaleType* VScale;
+  float* VMean;
+  int *VFirst, *HeadFlags;
+  int smooth_k, copy_v, v_stats;
+};
+
+// The part of a job that falls to this block.
+struct Task {
+  int bh, rank, blocks;  // blocks: of the head
+  int first, last;       // key blocks [first, last)
+};
+
+__device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
+  column_statistics<kKStats>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
+  KTile tile;
+  if (in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + KTile::first_row());
+  cluster_arrive();
+  cluster_wait();
+  int channel = threadIdx.x;
+  if (channel < kHeadDim) {
+    float shift = reduce_cluster<kSum>(s, channel) / static_cast<float>(in.rows);
+    if (p.smooth_k == 0 || !(fabsf(shift) < kShiftMax)) shift = 0.0f;
+    s.shift[channel] = shift;
+    if (t.rank == 0) p.KShift[static_cast<int64_t>(t.bh) * kHeadDim + channel] = shift;
+  }
+  if (t.rank == 0 && threadIdx.x == 0) p.HeadFlags[2 * t.bh] = any_nonfinite(s);
+  __syncthreads();
+  cluster_arrive_relaxed();  // no block ends while another may read its statistics
+  if (t.first < t.last) {
+    int64_t blocks_before = static_cast<int64_t>(t.bh) * t.blocks;
+    quantize_k(s, in, tile, t.first, t.last, p.K8 + blocks_before * kTileBytes, p.KScale + blocks_before * kKGroups,
+               p.KBad + blocks_before * kKGroups);
+  }
+  cluster_wait();
+}
+
+// Shift and inverse scale of one channel of V, in s; rank 0 writes what attention needs.
+__device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel,
+                                                 bool nonfinite) {
+  int64_t at = static_cast<int64_t>(t.bh) * kHeadDim + channel;
+  if (t.rank == 0) {
+    int64_t first = 2 * static_cast<int64_t>(t.bh) * kHeadDim + channel;
+    p.VFirst[first] = nonfinite ? reduce_first(s, 0, channel) : kNever;
+    p.VFirst[first + kHeadDim] = nonfinite ? reduce_first(s, 1, channel) : kNever;
+  }
+  if constexpr (kQuantizedV) {
+    float count = static_cast<float>(rows);
+    float mean = reduce_cluster<kSum>(s, channel) / count;
+    float square = reduce_cluster<kSquares>(s, channel) / count;
+    // Subtracted where it pays: mean^2 >= variance / 4, with variance = square - mean^2.
+    if (!(5.0f * mean * mean >= square && fabsf(mean) < kShiftMax)) mean = 0.0f;
+    s.shift[channel] = mean;
+    if (t.rank == 0) p.VMean[at] = mean;
+    if constexpr (!kInt8V) {
+      float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
+      bool zero = !(amax >= kTiny);  // also where nothing is finite
+      s.inverse[channel] = zero ? 0.0f : 448.0f / amax;
+      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / 448.0f);
+    }
+  }
+}
+
+__device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
+  if (kQuantizedV || p.v_stats != 0) {
+    column_statistics<kVStats>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
+    VTile tile;
+    if (kQuantizedV && in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + VTile::first_row());
+    cluster_arrive();
+    cluster_wait();
+    bool nonfinite = any_nonfinite(s);
+    if (threadIdx.x < kHeadDim) finish_v_channel(s, p, t, in.rows, threadIdx.x, nonfinite);
+    if (threadIdx.x == 0) {
+      s.head_nonfinite = nonfinite;
+      if (t.rank == 0) p.HeadFlags[2 * t.bh + 1] = nonfinite;
+    }
+    __syncthreads();
+    cluster_arrive_relaxed();  // no block ends while another may read its statistics
+    if constexpr (kQuantizedV) {
+      if (t.first < t.last) {
+        int64_t blocks_before = static_cast<int64_t>(t.bh) * t.blocks;
+        quantize_v(s, in, tile, t.first, t.last, p.V8 + blocks_before * kTileBytes,
+                   p.VScale + (kInt8V ? blocks_before * kHeadDim : 0));
+      }
+    }
+  }
+  if constexpr (!kQuantizedV) {
+    if (p.copy_v != 0) {
+      copy_rows(in, t.first * kBlock, t.last * kBlock, p.V8 + static_cast<int64_t>(t.bh) * t.blocks * kTileBytes);
+    }
+  }
+  if (kQuantizedV || p.v_stats != 0) cluster_wait();
+}
+
+}  // namespace sagert
+
+// Grid: CLUSTER blocks per job, in clusters of CLUSTER; B * Hk jobs, twice as many with v_jobs. TileCounter: 64 zeros.
+extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
+    quantize_kv(const uint16_t* K, const uint16_t* V, int8_t* K8, float* KScale, int* KBad, float* KShift,
+                sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags,
+                int* TileCounter, int seqlen_k, int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k,
+                int v_jobs, int copy_v, int v_stats, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd,
+                int64_t v_sb, int64_t v_sh, int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
+  using namespace sagert;
+  __shared__ Shared s;
+  launch_dependents();
+  if (blockIdx.x == 0 && threadIdx.x < 64) TileCounter[threadIdx.x] = 0;
+
+  int job = blockIdx.x / kCluster;
+  bool is_v = v_jobs != 0 && job % 2 == 1;
+  if (threadIdx.x == 0) s.channel_stride = is_v ? v_sd : k_sd;
+  __syncthreads();
+  Task t;
+  t.bh = v_jobs != 0 ? job / 2 : job;
+  t.rank = blockIdx.x % kCluster;
+  t.blocks = blocks;
+  t.first = static_cast<int>(static_cast<int64_t>(blocks) * t.rank / kCluster);
+  t.last = static_cast<int>(static_cast<int64_t>(blocks) * (t.rank + 1) / kCluster);
+  int64_t b = t.bh / heads_kv, h = t.bh % heads_kv;
+  Params p{K8, KScale, KBad, KShift, V8, VScale, VMean, VFirst, HeadFlags, smooth_k, copy_v, v_stats};
+  if (is_v) {
+    Input in{V + b * v_sb + h * v_sh, v_ss, &s.channel_stride, seqlen_k, head_dim_v, v_vec != 0};
+    run_v(s, p, in, t);
+  } else {
+    Input in{K + b * k_sb + h * k_sh, k_ss, &s.channel_stride, seqlen_k, head_dim, k_vec != 0};
+    run_k(s, p, in, t);
+  }
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// The producer warpgroup: one thread feeds the blocks of K and V, three warps quantize the queries of the next tile.
+#pragma once
+
+#include "ptx/bulk.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+// Keeps the stages of K8, its scales and V8 full. K runs one block ahead, as the consumers do.
+__device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
+  Ring<kStages> k;
+  uint32_t v = 0;  // blocks of V so far
+  for_each_tile(p, [&](int index) {
+    const Tile tile = tile_at(p, index);
+    int64_t first = static_cast<int64_t>(tile.head / p.group) * p.blocks;
+    for (int step = 0; step <= tile.blocks; ++step) {
+      if (step < tile.blocks) {
+        int64_t block = first + tile.blocks - 1 - step;
+        mbarrier_wait(shared_address(&s.empty_k[k.stage]), k.parity ^ 1);
+        uint32_t full = shared_address(&s.full_k[k.stage]);
+        mbarrier_arrive_expect(full, kTileBytes + sizeof(s.k_scale[0]));
+        bulk_load(shared_address(s.k[k.stage]), p.k8 + block * kTileBytes, kTileBytes, full);
+        bulk_load(shared_address(s.k_scale[k.stage]), p.k_scale + block * 4, sizeof(s.k_scale[0]), full);
+        k.advance();
+      }
+      if (step > 0) {
+        int64_t block = first + tile.blocks - step;
+        // Consumers give a block back when they are at the next one, and before the first one "give back" a block -1.
+        const uint32_t stage = v % kStages;
+        mbarrier_wait(shared_address(&s.empty_v[stage]), (v + 1) / kStages + 1 & 1);
+        uint32_t full = shared_address(&s.full_v[stage]);
+        mbarrier_arrive_expect(full, kTileBytes);
+        bulk_load(shared_address(s.v[stage]), p.v8 + block * kTileBytes, kTileBytes, full);
+        ++v;
+      }
+    }
+  });
+}
+
+constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
+constexpr float kTiny = 1e-30f;            // below it a row counts as zero
+
+struct RowScale {
+  float inverse, scale;
+};
+
+// From the bits of the largest magnitude in a row: a NaN or an infinity in Q makes every score of the row NaN.
+__device__ __forceinline__ RowScale row_scale(uint32_t top, float scale_log2) {
+  float amax = from_io(static_cast<uint16_t>(top));
+  bool finite = amax < infinity();
+  float inverse = finite && amax >= kTiny ? 127.f / amax : 0.f;
+  return {copysignf(inverse, scale_log2), finite ? amax * (1.f / 127.f) * fabsf(scale_log2) : nan()};
+}
+
+__device__ __forceinline__ uint32_t quantize4(float a, float b, float c, float d, float inverse) {
+  uint32_t w = __float_as_uint(fmaf(a, inverse, kRoundMagic)), x = __float_as_uint(fmaf(b, inverse, kRoundMagic));
+  uint32_t y = __float_as_uint(fmaf(c, inverse, kRoundMagic)), z = __float_as_uint(fmaf(d, inverse, kRoundMagic));
+  return __byte_perm(__byte_perm(w, x, 0x0040), __byte_perm(y, z, 0x0040), 0x5410);
+}
+
+// Largest over the 4 lanes of a row.
+__device__ __forceinline__ uint32_t row_max(uint32_t value) {
+  value = max(value, __shfl_xor_sync(~0u, value, 1));
+  return max(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+// One row of contiguous, aligned channels, a quarter of it per lane; returns the row's scale. The row is read twice,
+// the second time from L1: holding it would take more registers than a producer has.
+__device__ __forceinline__ float quantize_row(const Params& p, const uint16_t* row, bool inside, int8_t* q, int r,
+                                              int quad) {
+  constexpr int kVectors = kHeadDim / 32;  // of 8 channels per lane
+  const uint4* source = reinterpret_cast<const uint4*>(row) + quad * kVectors;
+  constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
+  uint32_t pair = 0;
+  if (inside) {
+#pragma unroll 2
+    for (int i = 0; i < kVectors; ++i) {
+      uint4 x = source[i];
+      pair = __vmaxu2(__vmaxu2(pair, x.x & kMagnitude), x.y & kMagnitude);
+      pair = __vmaxu2(__vmaxu2(pair, x.z & kMagnitude), x.w & kMagnitude);
+    }
+  }
+  RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
+#pragma unroll 1
+  for (int i = 0; i < kVectors; ++i) {
+    uint4 x = inside ? source[i] : make_uint4(0, 0, 0, 0);
+    int vector = quad * kVectors + i;
+    uint2 packed = {quantize4(low_io(x.x), high_io(x.x), low_io(x.y), high_io(x.y), scale.inverse),
+                    quantize4(low_io(x.z), high_io(x.z), low_io(x.w), high_io(x.w), scale.inverse)};
+    *reinterpret_cast<uint2*>(q + r * kHeadDim + swizzled<kHeadDim>(vector / 2, r) * 16 + vector % 2 * 8) = packed;
+  }
+  return scale.scale;
+}
+
+// Any strides and any number of channels.
+__device__ __forceinline__ float quantize_row_any(const Params& p, const uint16_t* row, bool inside, int8_t* q, int r,
+                                                  int quad) {
+  auto load = [&](int d) { return inside && d < p.head_dim ? row[d * p.q_sd] : uint16_t{0}; };
+  uint32_t top = 0;
+#pragma unroll 1
+  for (int d = quad; d < kHeadDim; d += 4) top = max(top, load(d) & 0x7fffu);
+  RowScale scale = row_scale(row_max(top), p.scale_log2);
+#pragma unroll 1
+  for (int d = quad; d < kHeadDim; d += 4) {
+    uint32_t bits = __float_as_uint(fmaf(from_io(load(d)), scale.inverse, kRoundMagic));
+    q[r * kHeadDim + swizzled<kHeadDim>(d / 16, r) * 16 + d % 16] = static_cast<int8_t>(bits);
+  }
+  return scale.scale;
+}
+
+// The row times the shift of K, which the scores lack.
+__device__ __forceinline__ float shift_of_row(const Params& p, const uint16_t* row, bool inside, const float* shift,
+                                              int quad) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int d = quad; d < p.head_dim; d += 4) {
+    if (inside) sum = fmaf(from_io(row[d * p.q_sd]), shift[d], sum);
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  sum += __shfl_xor_sync(~0u, sum, 2);
+  return sum * p.scale_log2;
+}
+
+// Quantizes the queries of each tile, and brings what its epilogue needs.
+__device__ __forceinline__ void feed_queries(const Params& p, Shared& s) {
+  const int thread = threadIdx.x - 32, quad = thread % 4;
+  Ring<2> ring;
+  for_each_tile(p, [&](int index) {
+    const Tile tile = tile_at(p, index);
+    const int slot = ring.stage;
+    mbarrier_wait(shared_address(&s.empty_q[slot]), ring.parity ^ 1);
+    const uint16_t* base = p.q + tile.head / p.heads_q * p.q_sb + tile.head % p.heads_q * p.q_sh;
+    const int head_kv = tile.head / p.group;
+    constexpr int kRounds = (kRows * 4 + kQuantizers - 1) / kQuantizers;
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      // The last round is not full: its spare lanes repeat the last row, so that whole warps reach the shuffles.
+      const int r = min(thread / 4 + round * (kQuantizers / 4), kRows - 1);
+      const uint16_t* row = base + (tile.row + r) * p.q_ss;
+      const bool inside = tile.row + r < p.seqlen_q;
+      float scale = p.q_vec ? quantize_row(p, row, inside, s.q[slot], r, quad)
+                            : quantize_row_any(p, row, inside, s.q[slot], r, quad);
+      float shift = 0.f;
+      if (p.write_lse) shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, quad);
+      if (quad == 0) {
+        s.q_scale[slot][r] = scale;
+        s.q_shift[slot][r] = shift;
+      }
+    }
+#pragma unroll 1
+    for (int d = thread; d < kHeadDim; d += kQuantizers) {
+      s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
+      s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
+    }
+    if (thread < 2) s.flags[slot][thread] = p.head_flags[int64_t{head_kv} * 2 + thread];
+    fence_async_shared();
+    mbarrier_arrive(shared_address(&s.full_q[slot]));
+    ring.advance();
+  });
+}
+
+}  // namespace sagert

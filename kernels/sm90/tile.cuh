@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the warps of an attention block share: parameters, order of tiles, shared memory, and its layout for wgmma.
+#pragma once
+
+#include "integers.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/numeric.cuh"
+
+namespace sagert {
+using namespace ptx;
+
+constexpr int kHeadDim = HEAD_DIM;
+constexpr bool kCausal = CAUSAL;
+constexpr int kStages = STAGES;                // a power of two
+constexpr int kBlock = 128;                    // keys
+constexpr int kGroups = 2;                     // consumer warpgroups of 64 queries
+constexpr int kRows = 64 * kGroups;            // queries per tile
+constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
+constexpr int kQuantizers = 96;                // threads that quantize Q
+constexpr int kThreads = 128 * (kGroups + 1);
+
+struct Params {
+  const uint16_t* q;
+  const int8_t* k8;
+  const float* k_scale;
+  const int* k_bad;
+  const float* k_shift;
+  const int8_t* v8;
+  const float* v_scale;
+  const float* v_mean;
+  const int* v_first;
+  const int* head_flags;
+  uint16_t* out;
+  float* lse;
+  float scale_log2;  // softmax scale times log2(e)
+  int seqlen_q, seqlen_k, blocks, heads_q, group, head_dim, head_dim_v, tiles, heads_total, section;
+  int64_t q_sb, q_sh, q_ss, q_sd, o_sb, o_sh, o_ss, o_sd;
+  bool q_vec, o_vec, write_lse;
+};
+
+// 128 queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
+struct Tile {
+  int head;    // b * heads_q + h
+  int row;     // first query
+  int blocks;  // of keys that the tile sees
+};
+
+__device__ __forceinline__ Tile tile_at(const Params& p, int index) {
+  Tile tile;
+  int position;
+  if constexpr (kCausal) {  // longest first, among heads whose keys and values stay in L2 together
+    int section = index / (p.section * p.tiles);
+    int first = section * p.section;
+    int heads = min(p.section, p.heads_total - first);
+    int rest = index - first * p.tiles;
+    tile.head = first + rest % heads;
+    position = p.tiles - 1 - rest / heads;
+  } else {
+    tile.head = index / p.tiles;
+    position = index % p.tiles;
+  }
+  tile.row = position * kRows;
+  tile.blocks = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  return tile;
+}
+
+// Calls visit(index) for every tile of this block.
+template <typename Visit>
+__device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
+  const int total = p.tiles * p.heads_total;
+#pragma unroll 1
+  for (int index = blockIdx.x; index < total; index += gridDim.x) visit(index);
+}
+
+struct Shared {
+  int8_t k[kStages][kTileBytes];
+  int8_t v[kStages][kTileBytes];
+  int8_t q[2][kRows * kHeadDim];
+  float k_scale[kStages][4];
+  float q_scale[2][kRows];
+  float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
+  float v_scale[2][kHeadDim];
+  float v_mean[2][kHeadDim];
+  int flags[2][2];  // the head's K, V hold an infinity or a NaN
+  uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages], full_q[2], empty_q[2];
+};
+
+// A position in a ring of stages and the parity of its round.
+template <int count>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == count) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Which 16-byte chunk of a row of `row_bytes` the swizzle puts chunk `chunk` of row `row` at.
+template <int row_bytes>
+__device__ __forceinline__ int swizzled(int chunk, int row) {
+  return chunk ^ (row_bytes == 128 ? row & 7 : (row >> 1) & 3);
+}
+
+// wgmma's descriptor of an operand whose rows are contiguous along K and swizzled over `row_bytes` (64 or 128).
+template <int row_bytes>
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kLayout = row_bytes == 128 ? 1 : 2;
+  constexpr uint64_t kStride = 8 * row_bytes >> 4;  // between groups of 8 rows, in 16 bytes
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kStride << 32 | kLayout << 62;
+}
+
+// The 16-bit type of Q and the output.
+__device__ __forceinline__ float from_io(uint16_t bits) {
+#if Q_BF16
+  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+#else
+  return from_fp16(bits);
+#endif
+}
+
+__device__ __forceinline__ float low_io(uint32_t pair) { return from_io(static_cast<uint16_t>(pair)); }
+
+__device__ __forceinline__ float high_io(uint32_t pair) {
+#if Q_BF16
+  return __uint_as_float(pair & 0xffff0000u);
+#else
+  return from_fp16(static_cast<uint16_t>(pair >> 16));
+#endif
+}
+
+__device__ __forceinline__ uint32_t to_io2(float low, float high) {
+#if Q_BF16
+  return to_bf16x2(low, high);
+#else
+  return to_fp16x2(low, high);
+#endif
+}
+
+}  // namespace sagert
