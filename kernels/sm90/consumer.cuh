@@ -28,6 +28,7 @@ struct Consumer {
   uint32_t k_next = 0;  // blocks of K taken so far, over all tiles; V lags behind
   uint32_t turn = 0;    // tiles taken so far
   uint64_t q_descriptor;
+  const float* k_scales;
   float l[2];
   float o[kHeadDim / 2];
 
@@ -44,7 +45,12 @@ struct Consumer {
   __device__ __forceinline__ uint32_t full_v() { return shared_address(&s.full_v[stage(k_next - 2)]); }
   __device__ __forceinline__ bool k_ready() { return mbarrier_try(full_k(), parity(k_next)); }
   __device__ __forceinline__ bool v_ready() { return mbarrier_try(full_v(), parity(k_next - 2)); }
-  __device__ __forceinline__ float k_scale() { return s.k_scale[stage(k_next)][quad()]; }
+  // Scale of this thread's keys of the next block, counting down.
+  __device__ __forceinline__ float next_k_scale() {
+    float scale = __ldg(k_scales);
+    k_scales -= 4;
+    return scale;
+  }
 
   __device__ __forceinline__ void issue_qk(Scores& scores, bool ready) {
     if (!ready) mbarrier_wait(full_k(), parity(k_next));
@@ -203,6 +209,7 @@ struct Consumer {
   // The block in `scores`; those of the next one come into `next`, which still holds P of the block before.
   __device__ __forceinline__ void step(Scores& scores, Scores& next, Scaling& z) {
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    const float scale = next_k_scale();
     bool ready = k_ready();
     exponentiate<0, kFirstCut>(scores, z, sum);
     hold(sum);
@@ -216,7 +223,6 @@ struct Consumer {
     hold(sum);
     wgmma_wait<0>();
     pin(next);
-    const float scale = k_scale();
     release_k();
     ready = v_ready();
     exponentiate<kSecondCut, 64>(scores, z, sum);
@@ -244,14 +250,15 @@ struct Consumer {
     issue_pv<1>(scores, false);
     wgmma_wait<0>();
     pin(o);
+    pin_p(scores);
   }
 
   // Waits for Q K^T of the next block; returns the scale of its keys.
   __device__ __forceinline__ float take_scores(Scores& scores) {
+    const float scale = next_k_scale();
     issue_qk(scores, false);
     wgmma_wait<0>();
     pin(scores);
-    const float scale = k_scale();
     release_k();
     return scale;
   }
@@ -294,6 +301,7 @@ struct Consumer {
     const Tile tile = tile_at(p, index);
     mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
     q_descriptor = descriptor<kHeadDim>(shared_address(&s.q[turn % 2][row() / 64 * 64 * kHeadDim]));
+    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.blocks - 1) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;

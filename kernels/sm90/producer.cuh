@@ -7,7 +7,7 @@
 
 namespace sagert {
 
-// Keeps the stages of K8, its scales and V8 full. K runs one block ahead, as the consumers do.
+// Keeps the stages of K8 and V8 full. K runs one block ahead, as the consumers do.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> k;
   uint32_t v = 0;  // blocks of V so far
@@ -19,9 +19,8 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
         int64_t block = first + tile.blocks - 1 - step;
         mbarrier_wait(shared_address(&s.empty_k[k.stage]), k.parity ^ 1);
         uint32_t full = shared_address(&s.full_k[k.stage]);
-        mbarrier_arrive_expect(full, kTileBytes + sizeof(s.k_scale[0]));
+        mbarrier_arrive_expect(full, kTileBytes);
         bulk_load(shared_address(s.k[k.stage]), p.k8 + block * kTileBytes, kTileBytes, full);
-        bulk_load(shared_address(s.k_scale[k.stage]), p.k_scale + block * 4, sizeof(s.k_scale[0]), full);
         k.advance();
       }
       if (step > 0) {

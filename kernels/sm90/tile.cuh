@@ -76,7 +76,6 @@ struct Shared {
   int8_t k[kStages][kTileBytes];
   int8_t v[kStages][kTileBytes];
   int8_t q[2][kRows * kHeadDim];
-  float k_scale[kStages][4];
   float q_scale[2][kRows];
   float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
   float v_scale[2][kHeadDim];
