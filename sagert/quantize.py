@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantizers of the reference, bit for bit those of the portable kernels. All take and return fp32."""
+"""Quantizers of the reference, bit for bit those of the kernels. All take and return fp32."""
 
 from __future__ import annotations
 
@@ -37,6 +37,30 @@ def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
     scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
     scale = torch.where(bad, torch.where(nan, math.nan, inf_scale), scale)
     return values, scale
+
+
+def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """INT8 values of finite k [N, Sk, D], held in fp32, and the scale of each key's group [N, Sk, 1].
+
+    A group is the 32 keys of a block of 128 that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
+    """
+    n, keys, d = k.shape
+    padded = torch.nn.functional.pad(k, (0, 0, 0, -keys % block))
+    groups = padded.reshape(n, -1, block // 8, 4, 2, d)
+    amax = groups.abs().amax((2, 4, 5), keepdim=True)
+    zero = amax < TINY
+    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, amax))
+    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
+    values = torch.round(groups * inverse).reshape(n, -1, d)[:, :keys]
+    return values, scale.expand(*groups.shape[:-1], 1).reshape(n, -1, 1)[:, :keys]
+
+
+def v_mean(v: Tensor) -> Tensor:
+    """Mean over keys of the channels of v [N, Sk, Dv] where it is at least half their deviation, else 0: [N, 1, Dv]."""
+    clean = torch.where(v.isfinite(), v, 0.0)
+    mean = clean.mean(1, keepdim=True)
+    variance = clean.square().mean(1, keepdim=True) - mean.square()
+    return torch.where(mean.square() >= 0.25 * variance, mean, 0.0)
 
 
 def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from sagert.quantize import first_nonfinite, k_shift, quantize_rows, quantize_v_fp8
+from sagert.quantize import first_nonfinite, k_shift, quantize_key_groups, quantize_rows, quantize_v_fp8, v_mean
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 PRECISIONS = ("int8_fp16", "int8_fp8")
+FAMILIES = ("portable", "wgmma")
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 
 
@@ -32,15 +33,20 @@ def attention(
     precision: str = "int8_fp16",
     smooth_k: bool = True,
     block_n: int = 128,
+    family: str = "portable",
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time. Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]).
-    ValueError for a precision that has no reference.
+    number of keys the online softmax takes at a time. `family` is whose recipe to follow: "portable" scales K by rows
+    and visits keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits
+    keys downwards (K must be finite there). Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]).
+    ValueError for a precision or a family that has no reference.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} has no reference: use one of {', '.join(PRECISIONS)}")
+    if family not in FAMILIES or (family == "wgmma" and precision != "int8_fp8"):
+        raise ValueError(f"family={family!r} has no reference for {precision}: use 'portable'")
     b, h, s, d = q.shape
     hk, sk, dv = k.shape[1], k.shape[2], v.shape[3]
     out = torch.zeros(b, h, s, dv, dtype=q.dtype, device=q.device)
@@ -63,8 +69,9 @@ def attention(
         for first in range(0, b * hk, heads):
             part = slice(first, first + heads)
             o, z = _heads(
-                q_rows[part], k_rows[part], v_rows[part], position, is_causal, scale, precision, smooth_k, block_n
-            )
+                q_rows[part], k_rows[part], v_rows[part], position, is_causal, scale, precision, smooth_k, block_n,
+                family == "wgmma",
+            )  # fmt: skip
             out_rows[part] = o.to(q.dtype)
             lse_rows[part] = z
     return out, lse
@@ -80,16 +87,20 @@ def _heads(
     precision: str,
     smooth_k: bool,
     block_n: int,
+    wgmma: bool,
 ) -> tuple[Tensor, Tensor]:
     """Some key heads: q [N, rows, D], k [N, Sk, D], v [N, Sk, Dv]; fp32 out [N, rows, Dv] and lse [N, rows]."""
     fp8 = precision == "int8_fp8"
     kf, qf = k.float(), q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     shift = k_shift(kf) if smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
-    k8, k_scale = quantize_rows(kf - shift, math.inf)
+    k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
     q8, q_scale = quantize_rows(qf, math.nan)
     k_scale = k_scale.transpose(1, 2)
     vf = v.float()
     first_pos, first_neg = first_nonfinite(vf)
+    mean = v_mean(vf) if wgmma else None
+    if mean is not None:
+        vf = vf - mean
     if fp8:
         pv, v_scale = quantize_v_fp8(vf)
     else:
@@ -100,7 +111,8 @@ def _heads(
     total = torch.zeros_like(m)
     acc = qf.new_zeros(*q.shape[:2], v.shape[2])
     end = min(sk, int(position.max()) + 1) if is_causal and position.numel() else sk
-    for start in range(0, end, block_n):
+    starts = range(0, end, block_n)
+    for start in reversed(starts) if wgmma else starts:
         keys = slice(start, min(start + block_n, sk))
         # Products of int8 values summed over D stay below 2**24: exact in fp32.
         scores = (q8 @ k8[:, keys].transpose(1, 2)) * k_scale[:, :, keys]
@@ -118,6 +130,8 @@ def _heads(
     out = acc / total
     if v_scale is not None:
         out = out * v_scale
+    if mean is not None:
+        out = out + mean
     # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
     seen = (position.clamp(max=sk - 1) if is_causal else torch.full_like(position, sk - 1))[None, :, None]
     out = torch.where(first_pos <= seen, out + math.inf, out)

@@ -125,7 +125,8 @@ import threading
 barrier = threading.Barrier(8)
 def work():
     barrier.wait()
-    statuses.extend(lib.attention(abi.attention_args()) for _ in range(20))
+    args = abi.attention_args(precision=abi.INT8_FP16)  # a row of four kernels
+    statuses.extend(lib.attention(args) for _ in range(20))
 statuses = []
 threads = [threading.Thread(target=work) for _ in range(8)]
 [t.start() for t in threads]
