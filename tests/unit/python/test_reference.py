@@ -121,3 +121,35 @@ def test_precision_without_reference():
     zero = torch.zeros(1, 1, 8, 16, dtype=torch.float16)
     with pytest.raises(ValueError, match="nvfp4"):
         reference.attention(zero, zero, zero, precision="nvfp4")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_wgmma_recipe_is_as_accurate(causal):
+    q, k, v = (make(1, 2, 700, 64, seed=seed) for seed in range(3))
+    v = v + torch.arange(64) % 2 * 3  # biased channels, whose mean comes off
+    out, lse = reference.attention(q, k, v, is_causal=causal, precision="int8_fp8", family="wgmma")
+    exact, exact_lse = reference.exact_attention(q, k, v, is_causal=causal)
+    plain, _ = reference.attention(q, k, v, is_causal=causal, precision="int8_fp8")
+    error = reference.error_metrics(out, exact)["relative_l1"]
+    assert error < reference.error_metrics(plain, exact)["relative_l1"]
+    torch.testing.assert_close(lse.double(), exact_lse, atol=0.05, rtol=0)
+
+
+def test_a_family_without_reference_is_refused():
+    q = make(1, 1, 8, 64)
+    for family, precision in (("wgmma", "int8_fp16"), ("mma", "int8_fp8")):
+        with pytest.raises(ValueError, match="portable"):
+            reference.attention(q, q, q, precision=precision, family=family)
+
+
+def test_key_groups():
+    k = make(1, 200, 16, dtype=torch.float32)
+    values, scale = quantize.quantize_key_groups(k)
+    assert values.shape == k.shape
+    assert scale.shape == (1, 200, 1)
+    group = torch.arange(200) // 128 * 4 + torch.arange(200) % 8 // 2
+    for g in group.unique():
+        mine = group == g
+        assert (scale[0, mine] == scale[0, mine][0]).all()
+        assert values[0, mine].abs().max() == 127
+    assert ((values * scale - k).abs() <= scale / 2 * 1.001).all()
