@@ -8,7 +8,7 @@
 #include "consumer.cuh"
 #include "producer.cuh"
 #include "ptx/pdl.cuh"
-#include "ptx/sync.cuh"
+#include "ptx/registers.cuh"
 
 static_assert(sizeof(sagert::Shared) + 1023 <= SHARED_BYTES, "the manifest gives the block too little shared memory");
 

@@ -69,7 +69,7 @@ struct Consumer {
     uint64_t b = descriptor<kBlock>(shared_address(s.v[stage(k_next - behind)]));
     wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kBlock / 32; ++i) wgmma_e4m3<1>(o, reinterpret_cast<uint32_t*>(scores + 4 * i), b + 2 * i);
+    for (int i = 0; i < kBlock / 32; ++i) wgmma_e4m3(o, reinterpret_cast<uint32_t*>(scores + 4 * i), b + 2 * i);
     wgmma_commit();
   }
 
@@ -183,11 +183,6 @@ struct Consumer {
     }
   }
 
-  __device__ __forceinline__ void pin_p(Scores& scores) {
-#pragma unroll
-    for (int i = 0; i < kBlock / 8; ++i) asm volatile("" : "+r"(scores[i])::"memory");
-  }
-
   // Stands between exponentials and a wait: without a branch that depends on them, ptxas moves them below it.
   __device__ __forceinline__ void hold(const float (&sum)[4]) {
     if (__any_sync(~0u, !(sum[0] + sum[1] + sum[2] + sum[3] < 1e37f))) __nanosleep(1);
@@ -215,7 +210,7 @@ struct Consumer {
     hold(sum);
     wgmma_wait<0>();
     pin(o);
-    pin_p(next);
+    pin_first<kBlock / 8>(next);
     release_v();
     rescale(z);
     issue_qk(next, ready);
@@ -229,7 +224,7 @@ struct Consumer {
     add(z, sum);
     z = reduce(next, z.b, scale);
     pack(scores);
-    pin_p(scores);
+    pin_first<kBlock / 8>(scores);
     pin(o);
     issue_pv<2>(scores, ready);
   }
@@ -240,17 +235,17 @@ struct Consumer {
     hold(sum);
     wgmma_wait<0>();
     pin(o);
-    pin_p(previous);
+    pin_first<kBlock / 8>(previous);
     release_v();
     rescale(z);
     add(z, sum);
     pack(scores);
-    pin_p(scores);
+    pin_first<kBlock / 8>(scores);
     pin(o);
     issue_pv<1>(scores, false);
     wgmma_wait<0>();
     pin(o);
-    pin_p(scores);
+    pin_first<kBlock / 8>(scores);
   }
 
   // Waits for Q K^T of the next block; returns the scale of its keys.
@@ -319,7 +314,7 @@ struct Consumer {
 
   __device__ __forceinline__ void write(int index, const Scaling& z) {
     // Worked out anew: it would take registers in the loop over the keys.
-    asm volatile("" : "+r"(index));
+    forget(index);
     const Tile tile = tile_at(p, index);
     float inverse[2];
 #pragma unroll

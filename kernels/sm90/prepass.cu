@@ -25,16 +25,6 @@ namespace sagert {
 
 // ---- Phase 2 ----
 
-// Low bytes of four words, the first lowest.
-__device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
-}
-
-// Round to nearest even of x * inverse, whose magnitude is at most 127, as int8 in the low byte.
-__device__ __forceinline__ uint32_t to_int8(float x, float inverse) {
-  return __float_as_uint(fmaf(x, inverse, kRound));
-}
-
 // Two tiles in shared memory take turns: one is written while the copy engine reads the other. Blocks go down.
 struct TileWriter {
   Shared& s;
@@ -84,7 +74,7 @@ struct SpecialRows {
 };
 
 __device__ __forceinline__ float row_value(const uint32_t (&x)[4], int i) {
-  return i % 2 ? high(x[i / 2]) : low(x[i / 2]);
+  return i % 2 ? high_io(x[i / 2]) : low_io(x[i / 2]);
 }
 
 // Extrema of the ordinary rows; sorts out the others and marks the non-finite rows of the warp in `bad`.
@@ -131,8 +121,7 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
 #pragma unroll
   for (int i = 0; i < 8; ++i) shift[i] = s.shift[8 * chunk + i];
   int row = KTile::first_row();  // of the thread in a block
-  int swizzle = kHeadDim == 128 ? row & 7 : row >> 1 & 3;
-  int offset = row * kHeadDim + 16 * (chunk / 2 ^ swizzle) + 8 * (chunk % 2);
+  int offset = row * kHeadDim + 16 * swizzled<kHeadDim>(chunk / 2, row) + 8 * (chunk % 2);
   TileWriter writer{s, reinterpret_cast<uint8_t*>(k8)};
   int count = 0;
 #pragma unroll 1
@@ -218,7 +207,7 @@ struct VTile {
   // With `check`, 0 where there is no finite value.
   template <bool check>
   __device__ __forceinline__ float get(int key, int channel, const float (&shift)[kVChannels], int keys_left) const {
-    float value = channel % 2 ? high(x[key][channel / 2]) : low(x[key][channel / 2]);
+    float value = channel % 2 ? high_io(x[key][channel / 2]) : low_io(x[key][channel / 2]);
     if (check && (key >= keys_left || !is_finite(value))) return 0.0f;
     return value - shift[channel];
   }

@@ -6,7 +6,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/minmax.cuh"
-#include "ptx/numeric.cuh"
+#include "quantize.cuh"
 
 #ifndef CLUSTER
 #define CLUSTER 8
@@ -23,11 +23,9 @@ constexpr int kBlock = 128;                    // keys
 constexpr int kTileBytes = kBlock * kHeadDim;  // of K8 and of V8
 constexpr int kChunks = kHeadDim / 8;          // 16-byte loads per row
 constexpr int kRowsPerPass = kThreads / kChunks;
-constexpr int kKGroups = 4;            // scales of K per block
-constexpr int kNever = 2147483647;     // a key that no query reaches
-constexpr float kTiny = 1.0e-30f;      // below this a row or channel counts as zero: 127 / amax must stay finite
-constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even, in the low bits
-constexpr float kShiftMax = 1.0e30f;   // no larger mean is subtracted: the difference must stay finite
+constexpr int kKGroups = 4;           // scales of K per block
+constexpr int kNever = 2147483647;    // a key that no query reaches
+constexpr float kShiftMax = 1.0e30f;  // no larger mean is subtracted: the difference must stay finite
 
 #if V8_I8
 constexpr bool kInt8V = true, kQuantizedV = true;
@@ -73,20 +71,6 @@ constexpr uint32_t kInfBits = 0x7c00;
 constexpr uint32_t kPlusInf2 = kInfBits | kInfBits << 16;
 constexpr uint32_t kMinusInf2 = kPlusInf2 | 0x80008000u;
 
-__device__ __forceinline__ float low(uint32_t pair) {
-#if K_BF16
-  return __uint_as_float(pair << 16);
-#else
-  return from_fp16(static_cast<uint16_t>(pair));
-#endif
-}
-__device__ __forceinline__ float high(uint32_t pair) {
-#if K_BF16
-  return __uint_as_float(pair & 0xffff0000u);
-#else
-  return from_fp16(static_cast<uint16_t>(pair >> 16));
-#endif
-}
 __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b) {
 #if K_BF16
   return min_nan_bf16x2(a, b);
@@ -132,8 +116,8 @@ struct Extrema {
       max[i] = max2(max[i], replace_nonfinite(x[i], kMinusInf2));
     }
   }
-  __device__ __forceinline__ float lowest(int i) const { return i % 2 ? high(min[i / 2]) : low(min[i / 2]); }
-  __device__ __forceinline__ float highest(int i) const { return i % 2 ? high(max[i / 2]) : low(max[i / 2]); }
+  __device__ __forceinline__ float lowest(int i) const { return i % 2 ? high_io(min[i / 2]) : low_io(min[i / 2]); }
+  __device__ __forceinline__ float highest(int i) const { return i % 2 ? high_io(max[i / 2]) : low_io(max[i / 2]); }
   // Largest |x - shift| of channel i; 0 when there was no x.
   __device__ __forceinline__ float amax(int i, float shift) const {
     return max_nan(0.0f, max_nan(highest(i) - shift, shift - lowest(i)));
@@ -213,7 +197,7 @@ struct Columns {
   __device__ __forceinline__ void add_sums(const uint32_t (&x)[4]) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float value = i % 2 ? high(x[i / 2]) : low(x[i / 2]);
+      float value = i % 2 ? high_io(x[i / 2]) : low_io(x[i / 2]);
       sum[i] += value;
       if constexpr (stats > kSquares) squares[i] = fmaf(value, value, squares[i]);
     }
@@ -233,7 +217,7 @@ struct Columns {
     if constexpr (stats > kMin) extrema.add_finite(x);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float value = i % 2 ? high(x[i / 2]) : low(x[i / 2]);
+      float value = i % 2 ? high_io(x[i / 2]) : low_io(x[i / 2]);
       if (is_finite(value)) continue;
       s.nonfinite = 1;
       if (!(value < 0.0f)) atomicMin(&s.first[0][channel + i], row);

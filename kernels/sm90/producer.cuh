@@ -37,25 +37,22 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   });
 }
 
-constexpr float kRoundMagic = 12582912.f;  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
-constexpr float kTiny = 1e-30f;            // below it a row counts as zero
-
 struct RowScale {
   float inverse, scale;
 };
 
 // From the bits of the largest magnitude in a row: a NaN or an infinity in Q makes every score of the row NaN.
 __device__ __forceinline__ RowScale row_scale(uint32_t top, float scale_log2) {
-  float amax = from_io(static_cast<uint16_t>(top));
+  float amax = low_io(top);
   bool finite = amax < infinity();
   float inverse = finite && amax >= kTiny ? 127.f / amax : 0.f;
   return {copysignf(inverse, scale_log2), finite ? amax * (1.f / 127.f) * fabsf(scale_log2) : nan()};
 }
 
-__device__ __forceinline__ uint32_t quantize4(float a, float b, float c, float d, float inverse) {
-  uint32_t w = __float_as_uint(fmaf(a, inverse, kRoundMagic)), x = __float_as_uint(fmaf(b, inverse, kRoundMagic));
-  uint32_t y = __float_as_uint(fmaf(c, inverse, kRoundMagic)), z = __float_as_uint(fmaf(d, inverse, kRoundMagic));
-  return __byte_perm(__byte_perm(w, x, 0x0040), __byte_perm(y, z, 0x0040), 0x5410);
+// Four channels as int8, the first in the low byte.
+__device__ __forceinline__ uint32_t quantize4(uint32_t first, uint32_t second, float inverse) {
+  return pack_low_bytes(to_int8(low_io(first), inverse), to_int8(high_io(first), inverse),
+                        to_int8(low_io(second), inverse), to_int8(high_io(second), inverse));
 }
 
 // Largest over the 4 lanes of a row.
@@ -85,8 +82,7 @@ __device__ __forceinline__ float quantize_row(const Params& p, const uint16_t* r
   for (int i = 0; i < kVectors; ++i) {
     uint4 x = inside ? source[i] : make_uint4(0, 0, 0, 0);
     int vector = quad * kVectors + i;
-    uint2 packed = {quantize4(low_io(x.x), high_io(x.x), low_io(x.y), high_io(x.y), scale.inverse),
-                    quantize4(low_io(x.z), high_io(x.z), low_io(x.w), high_io(x.w), scale.inverse)};
+    uint2 packed = {quantize4(x.x, x.y, scale.inverse), quantize4(x.z, x.w, scale.inverse)};
     *reinterpret_cast<uint2*>(q + r * kHeadDim + swizzled<kHeadDim>(vector / 2, r) * 16 + vector % 2 * 8) = packed;
   }
   return scale.scale;
@@ -102,7 +98,7 @@ __device__ __forceinline__ float quantize_row_any(const Params& p, const uint16_
   RowScale scale = row_scale(row_max(top), p.scale_log2);
 #pragma unroll 1
   for (int d = quad; d < kHeadDim; d += 4) {
-    uint32_t bits = __float_as_uint(fmaf(from_io(load(d)), scale.inverse, kRoundMagic));
+    uint32_t bits = to_int8(low_io(load(d)), scale.inverse);
     q[r * kHeadDim + swizzled<kHeadDim>(d / 16, r) * 16 + d % 16] = static_cast<int8_t>(bits);
   }
   return scale.scale;
@@ -114,7 +110,7 @@ __device__ __forceinline__ float shift_of_row(const Params& p, const uint16_t* r
   float sum = 0.f;
 #pragma unroll 1
   for (int d = quad; d < p.head_dim; d += 4) {
-    if (inside) sum = fmaf(from_io(row[d * p.q_sd]), shift[d], sum);
+    if (inside) sum = fmaf(low_io(row[d * p.q_sd]), shift[d], sum);
   }
   sum += __shfl_xor_sync(~0u, sum, 1);
   sum += __shfl_xor_sync(~0u, sum, 2);

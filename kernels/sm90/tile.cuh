@@ -4,7 +4,7 @@
 
 #include "integers.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/numeric.cuh"
+#include "quantize.cuh"
 
 namespace sagert {
 using namespace ptx;
@@ -98,45 +98,12 @@ struct Ring {
   }
 };
 
-// Which 16-byte chunk of a row of `row_bytes` the swizzle puts chunk `chunk` of row `row` at.
-template <int row_bytes>
-__device__ __forceinline__ int swizzled(int chunk, int row) {
-  return chunk ^ (row_bytes == 128 ? row & 7 : (row >> 1) & 3);
-}
-
 // wgmma's descriptor of an operand whose rows are contiguous along K and swizzled over `row_bytes` (64 or 128).
 template <int row_bytes>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   constexpr uint64_t kLayout = row_bytes == 128 ? 1 : 2;
   constexpr uint64_t kStride = 8 * row_bytes >> 4;  // between groups of 8 rows, in 16 bytes
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kStride << 32 | kLayout << 62;
-}
-
-// The 16-bit type of Q and the output.
-__device__ __forceinline__ float from_io(uint16_t bits) {
-#if Q_BF16
-  return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-#else
-  return from_fp16(bits);
-#endif
-}
-
-__device__ __forceinline__ float low_io(uint32_t pair) { return from_io(static_cast<uint16_t>(pair)); }
-
-__device__ __forceinline__ float high_io(uint32_t pair) {
-#if Q_BF16
-  return __uint_as_float(pair & 0xffff0000u);
-#else
-  return from_fp16(static_cast<uint16_t>(pair >> 16));
-#endif
-}
-
-__device__ __forceinline__ uint32_t to_io2(float low, float high) {
-#if Q_BF16
-  return to_bf16x2(low, high);
-#else
-  return to_fp16x2(low, high);
-#endif
 }
 
 }  // namespace sagert

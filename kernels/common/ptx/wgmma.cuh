@@ -21,17 +21,17 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Keeps the compiler from moving uses of registers that a wgmma reads or writes across this point.
-template <int n>
-__device__ __forceinline__ void pin(int32_t (&registers)[n]) {
+// Keeps the compiler from moving uses of registers that a wgmma reads or writes across this point: of the first
+// `count`.
+template <int count, int n>
+__device__ __forceinline__ void pin_first(int32_t (&registers)[n]) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+  for (int i = 0; i < count; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 template <int n>
-__device__ __forceinline__ void pin(uint32_t (&registers)[n]) {
-#pragma unroll
-  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+__device__ __forceinline__ void pin(int32_t (&registers)[n]) {
+  pin_first<n>(registers);
 }
 
 template <int n>
@@ -44,10 +44,6 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
 #define SAGERT_WGMMA_D32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define SAGERT_WGMMA_D48 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
-  "%46, %47"
 #define SAGERT_WGMMA_D64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
@@ -57,13 +53,6 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
   C(d[8]), C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), \
   C(d[16]), C(d[17]), C(d[18]), C(d[19]), C(d[20]), C(d[21]), C(d[22]), C(d[23]), \
   C(d[24]), C(d[25]), C(d[26]), C(d[27]), C(d[28]), C(d[29]), C(d[30]), C(d[31])
-#define SAGERT_WGMMA_OPERANDS48(C, d) \
-  C(d[0]), C(d[1]), C(d[2]), C(d[3]), C(d[4]), C(d[5]), C(d[6]), C(d[7]), \
-  C(d[8]), C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), \
-  C(d[16]), C(d[17]), C(d[18]), C(d[19]), C(d[20]), C(d[21]), C(d[22]), C(d[23]), \
-  C(d[24]), C(d[25]), C(d[26]), C(d[27]), C(d[28]), C(d[29]), C(d[30]), C(d[31]), \
-  C(d[32]), C(d[33]), C(d[34]), C(d[35]), C(d[36]), C(d[37]), C(d[38]), C(d[39]), \
-  C(d[40]), C(d[41]), C(d[42]), C(d[43]), C(d[44]), C(d[45]), C(d[46]), C(d[47])
 #define SAGERT_WGMMA_OPERANDS64(C, d) \
   C(d[0]), C(d[1]), C(d[2]), C(d[3]), C(d[4]), C(d[5]), C(d[6]), C(d[7]), \
   C(d[8]), C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), \
@@ -74,275 +63,49 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
   C(d[48]), C(d[49]), C(d[50]), C(d[51]), C(d[52]), C(d[53]), C(d[54]), C(d[55]), \
   C(d[56]), C(d[57]), C(d[58]), C(d[59]), C(d[60]), C(d[61]), C(d[62]), C(d[63])
 // clang-format on
-
 #define SAGERT_ACC_R(x) "+r"(x)
-#define SAGERT_ACC_F(x) "+f"(x)
 #define SAGERT_NEW_R(x) "=r"(x)
-#define SAGERT_NEW_F(x) "=f"(x)
+#define SAGERT_ACC_F(x) "+f"(x)
 
-// Scores: s8 A (shared memory or registers) and s8 B, int32 D, K = 32. `accumulate` 0 ignores the old D.
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], uint64_t a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, %32, %33, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, %32, %33, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[48], uint64_t a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, %48, %49, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, %48, %49, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS48(SAGERT_NEW_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[48], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, {%48, %49, %50, %51}, %52, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS48(SAGERT_ACC_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {" SAGERT_WGMMA_D48 "}, {%48, %49, %50, %51}, %52, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS48(SAGERT_NEW_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
+// Scores: s8 A and B, int32 D, K = 32. Without `accumulate` what D held is dead, and said to be: as an input it would
+// make ptxas serialize the wgmma in flight (C7511).
 template <int accumulate>
 __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
+#define SAGERT_WGMMA_S8(constraint)                                                                 \
+  asm volatile(                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                  \
+      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n" \
+      : SAGERT_WGMMA_OPERANDS64(constraint, d)                                                      \
+      : "l"(a), "l"(b), "n"(accumulate))
   if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
-        : "l"(a), "l"(b), "n"(accumulate));
+    SAGERT_WGMMA_S8(SAGERT_ACC_R);
+  } else {
+    SAGERT_WGMMA_S8(SAGERT_NEW_R);
   }
+#undef SAGERT_WGMMA_S8
 }
 
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
+// D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D is kept with about 14 bits.
+#define SAGERT_WGMMA_E4M3(columns, count, a0, a1, a2, a3, b0, flag)                                       \
+  __device__ __forceinline__ void wgmma_e4m3(float (&d)[count], const uint32_t* a, uint64_t b) {          \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                               \
+                 ", 0;\n"                                                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D##count \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1;\n}\n"                   \
+                 : SAGERT_WGMMA_OPERANDS##count(SAGERT_ACC_F, d)                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                           \
   }
-}
 
-// P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D is kept with about 14 bits.
-template <int accumulate>
-__device__ __forceinline__ void wgmma_e4m3(float (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
+SAGERT_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
+SAGERT_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
 
-template <int accumulate>
-__device__ __forceinline__ void wgmma_e4m3(float (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-// P V with u8 A (registers) and s8 B (K-major), K = 32; exact.
-template <int accumulate>
-__device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.s8 {" SAGERT_WGMMA_D32 "}, {%32, %33, %34, %35}, %36, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k32.s32.u8.s8 {" SAGERT_WGMMA_D64 "}, {%64, %65, %66, %67}, %68, p;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_R, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-// P V with 16-bit A (registers) and B (MN-major: rows of B are keys), K = 16.
-template <int accumulate>
-__device__ __forceinline__ void wgmma_f16(float (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_f16(float (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_bf16(float (&d)[32], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SAGERT_WGMMA_D32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS32(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
-template <int accumulate>
-__device__ __forceinline__ void wgmma_bf16(float (&d)[64], const uint32_t* a, uint64_t b) {
-  if constexpr (accumulate != 0) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_ACC_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  } else {  // no input: what the registers held is dead
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SAGERT_WGMMA_D64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-        : SAGERT_WGMMA_OPERANDS64(SAGERT_NEW_F, d)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate));
-  }
-}
-
+#undef SAGERT_WGMMA_E4M3
 #undef SAGERT_WGMMA_D32
-#undef SAGERT_WGMMA_D48
 #undef SAGERT_WGMMA_D64
 #undef SAGERT_WGMMA_OPERANDS32
-#undef SAGERT_WGMMA_OPERANDS48
 #undef SAGERT_WGMMA_OPERANDS64
 #undef SAGERT_ACC_R
-#undef SAGERT_ACC_F
 #undef SAGERT_NEW_R
-#undef SAGERT_NEW_F
+#undef SAGERT_ACC_F
 
 }  // namespace sagert::ptx
