@@ -18,8 +18,10 @@ from sagert.quantize import first_nonfinite, k_shift, quantize_key_groups, quant
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
+WGMMA_LOG2_P_SCALE = 8.0  # of P in 16 bits: keeps small weights out of fp16's subnormal numbers
 PRECISIONS = ("int8_fp16", "int8_fp8")
 FAMILIES = ("portable", "wgmma")
+WGMMA_PRECISIONS = ("int8_fp16", "int8_fp8")
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 
 
@@ -45,7 +47,7 @@ def attention(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} has no reference: use one of {', '.join(PRECISIONS)}")
-    if family not in FAMILIES or (family == "wgmma" and precision != "int8_fp8"):
+    if family not in FAMILIES or (family == "wgmma" and precision not in WGMMA_PRECISIONS):
         raise ValueError(f"family={family!r} has no reference for {precision}: use 'portable'")
     b, h, s, d = q.shape
     hk, sk, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -98,7 +100,8 @@ def _heads(
     k_scale = k_scale.transpose(1, 2)
     vf = v.float()
     first_pos, first_neg = first_nonfinite(vf)
-    mean = v_mean(vf) if wgmma else None
+    mean = v_mean(vf) if wgmma and fp8 else None
+    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma else 0.0
     if mean is not None:
         vf = vf - mean
     if fp8:
@@ -121,7 +124,7 @@ def _heads(
             scores = scores.masked_fill(hidden, -math.inf)
         m_new = torch.maximum(m, scores.amax(-1, keepdim=True) * q_scale)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
-        p = torch.exp2(scores * q_scale - (base - LOG2_448 if fp8 else base))
+        p = torch.exp2(scores * q_scale - (base - p_scale))
         alpha = torch.exp2(m - base)
         total = total * alpha + p.sum(-1, keepdim=True)
         p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(v.dtype).float()
@@ -136,7 +139,7 @@ def _heads(
     seen = (position.clamp(max=sk - 1) if is_causal else torch.full_like(position, sk - 1))[None, :, None]
     out = torch.where(first_pos <= seen, out + math.inf, out)
     out = torch.where(first_neg <= seen, out - math.inf, out)
-    lse = m + torch.log2(total) - (LOG2_448 if fp8 else 0.0)
+    lse = m + torch.log2(total) - p_scale
     lse = lse + (qf * shift).sum(-1, keepdim=True)
     return out, (lse * LN2).squeeze(-1)
 

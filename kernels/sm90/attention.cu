@@ -14,7 +14,12 @@ static_assert(sizeof(sagert::Shared) + 1023 <= SHARED_BYTES, "the manifest gives
 
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     attention(const uint16_t* Q, const int8_t* K8, const float* KScale, const int* KBad, const float* KShift,
-              const int8_t* V8, const float* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
+#if VMAP_TENSORMAP
+              const __grid_constant__ sagert::ptx::TensorMap VMap,
+#else
+              const int8_t* V8,
+#endif
+              const float* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
               uint16_t* Out, float* Lse, int* TileCounter, float scale_log2, int seqlen_q, int seqlen_k, int blocks,
               int heads_q, int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section,
               int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss,
@@ -23,7 +28,13 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
   extern __shared__ __align__(1024) char raw[];
   // Swizzled tiles must stand on 1024 bytes, which the attribute does not promise for dynamic shared memory.
   Shared& s = *reinterpret_cast<Shared*>(raw + (-shared_address(raw) & 1023));
-  const Params p = {Q,         K8,         KScale, KBad,        KShift,     V8,         VScale,        VMean,   VFirst,
+#if VMAP_TENSORMAP
+  const int8_t* V8 = nullptr;
+  const TensorMap* v_map = &VMap;
+#else
+  const TensorMap* v_map = nullptr;
+#endif
+  const Params p = {Q,         K8,         KScale, KBad,        KShift,     V8,  v_map,        VScale,        VMean,   VFirst,
                     HeadFlags, Out,        Lse,    scale_log2,  seqlen_q,   seqlen_k,   blocks,        heads_q, group,
                     head_dim,  head_dim_v, tiles,  heads_total, section,    q_sb,       q_sh,          q_ss,    q_sd,
                     o_sb,      o_sh,       o_ss,   o_sd,        q_vec != 0, o_vec != 0, write_lse != 0};

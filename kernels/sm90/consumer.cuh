@@ -3,30 +3,42 @@
 #pragma once
 
 #include "ptx/bulk.cuh"
+#include "ptx/named_barrier.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile.cuh"
 
 namespace sagert {
 
-constexpr float kLog2PScale = 8.807354922057604f;  // log2(448): P fills e4m3's range
+constexpr float kLog2PScale = kIoV ? 8.f : 8.807354922057604f;  // log2(448): P fills e4m3's range
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.402823466e38f;  // of a row that has seen no key
 constexpr int kMasked = -2147483647 - 1;     // score of a key that a query does not see
-constexpr int kFirstCut = 8;                 // exponentials before Q K^T of the next block is issued
-constexpr int kSecondCut = 40;               // and before its scores are waited for
+constexpr int kFirstCut = 24;                // exponentials before Q K^T of the next block is issued
+constexpr int kSecondCut = 56;               // and before its scores are waited for
 
 // Exponents of a block of keys are c * score + b; -b is the running maximum. alpha is what it costs the sums so far.
 struct Scaling {
   float c[2], b[2], alpha[2];
 };
 
+template <int count>
+__device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
+#if SAGERT_IO_BF16
+  wgmma_bf16(d, a, b);
+#else
+  wgmma_f16(d, a, b);
+#endif
+}
+
 struct Consumer {
-  using Scores = int32_t[kBlock / 2];  // integers, then the exponentials' bits, then, in the first quarter, P
+  using Scores = int32_t[kBlock / 2];  // integers, then the exponentials' bits, then, in the first registers, P
+  static constexpr int kWeights = kBlock / (kIoV ? 4 : 8);  // registers of P
 
   const Params& p;
   Shared& s;
-  uint32_t k_next = 0;  // blocks of K taken so far, over all tiles; V lags behind
-  uint32_t turn = 0;    // tiles taken so far
+  Ring<kStages> k, v;              // the blocks that come next
+  uint32_t v_last = kStages - 1;   // stage of the block of V before
+  uint32_t turn = 0;               // tiles taken so far
   uint64_t q_descriptor;
   const float* k_scales;
   float l[2];
@@ -39,12 +51,8 @@ struct Consumer {
   static __device__ __forceinline__ int row() { return (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4; }
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
 
-  static __device__ __forceinline__ uint32_t stage(uint32_t block) { return block % kStages; }
-  static __device__ __forceinline__ uint32_t parity(uint32_t block) { return block / kStages & 1; }
-  __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[stage(k_next)]); }
-  __device__ __forceinline__ uint32_t full_v() { return shared_address(&s.full_v[stage(k_next - 2)]); }
-  __device__ __forceinline__ bool k_ready() { return mbarrier_try(full_k(), parity(k_next)); }
-  __device__ __forceinline__ bool v_ready() { return mbarrier_try(full_v(), parity(k_next - 2)); }
+  __device__ __forceinline__ bool k_ready() { return mbarrier_try(shared_address(&s.full_k[k.stage]), k.parity); }
+  __device__ __forceinline__ bool v_ready() { return mbarrier_try(shared_address(&s.full_v[v.stage]), v.parity); }
   // Scale of this thread's keys of the next block, counting down.
   __device__ __forceinline__ float next_k_scale() {
     float scale = __ldg(k_scales);
@@ -53,8 +61,8 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void issue_qk(Scores& scores, bool ready) {
-    if (!ready) mbarrier_wait(full_k(), parity(k_next));
-    uint64_t b = descriptor<kHeadDim>(shared_address(s.k[stage(k_next)]));
+    if (!ready) mbarrier_wait(shared_address(&s.full_k[k.stage]), k.parity);
+    uint64_t b = descriptor<kHeadDim>(shared_address(s.k[k.stage]));
     wgmma_fence();
     wgmma_s8<0>(scores, q_descriptor, b);
 #pragma unroll
@@ -62,25 +70,32 @@ struct Consumer {
     wgmma_commit();
   }
 
-  // P V of the block `behind` the next one of K.
-  template <int behind>
   __device__ __forceinline__ void issue_pv(Scores& scores, bool ready) {
-    if (!ready) mbarrier_wait(shared_address(&s.full_v[stage(k_next - behind)]), parity(k_next - behind));
-    uint64_t b = descriptor<kBlock>(shared_address(s.v[stage(k_next - behind)]));
+    if (!ready) mbarrier_wait(shared_address(&s.full_v[v.stage]), v.parity);
+    const uint32_t* weights = reinterpret_cast<uint32_t*>(scores);
     wgmma_fence();
+    if constexpr (kIoV) {
+      uint64_t b = descriptor_io(shared_address(s.v[v.stage]));
 #pragma unroll
-    for (int i = 0; i < kBlock / 32; ++i) wgmma_e4m3(o, reinterpret_cast<uint32_t*>(scores + 4 * i), b + 2 * i);
+      for (int i = 0; i < kBlock / 16; ++i) wgmma_io(o, weights + 4 * i, b + i * (16 * kMapWidth * 2 >> 4));
+    } else {
+      uint64_t b = descriptor<kBlock>(shared_address(s.v[v.stage]));
+#pragma unroll
+      for (int i = 0; i < kBlock / 32; ++i) wgmma_e4m3(o, weights + 4 * i, b + 2 * i);
+    }
     wgmma_commit();
+    v_last = v.stage;
+    v.advance();
   }
 
   __device__ __forceinline__ void release_k() {
-    if (leader()) mbarrier_arrive(shared_address(&s.empty_k[stage(k_next)]));
-    ++k_next;
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_k[k.stage]));
+    k.advance();
   }
 
   // Gives back the block of V before the present one, the last one of the tile before included.
   __device__ __forceinline__ void release_v() {
-    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[stage(k_next - 2)]));
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
   }
 
   // Row maxima are taken on the integers: a thread's keys of a row share one scale.
@@ -171,15 +186,23 @@ struct Consumer {
     }
   }
 
-  // The scores' fragment is the A operand of P V when V's keys stand in pair order.
+  // The scores' fragment is the A operand of P V: of 16-bit V as it is, of V8 when its keys stand in pair order.
   __device__ __forceinline__ void pack(Scores& scores) {
 #pragma unroll
     for (int j = 0; j < kBlock / 16; ++j) {
       auto e = [&](int i) { return __int_as_float(scores[8 * j + i]); };
-      uint32_t upper = pack_halves(to_e4m3x2(e(0), e(1)), to_e4m3x2(e(4), e(5)));
-      uint32_t lower = pack_halves(to_e4m3x2(e(2), e(3)), to_e4m3x2(e(6), e(7)));
-      scores[2 * j] = static_cast<int32_t>(upper);
-      scores[2 * j + 1] = static_cast<int32_t>(lower);
+      if constexpr (kIoV) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = to_io2(e(2 * i), e(2 * i + 1));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[4 * j + i] = static_cast<int32_t>(words[i]);
+      } else {
+        uint32_t upper = pack_halves(to_e4m3x2(e(0), e(1)), to_e4m3x2(e(4), e(5)));
+        uint32_t lower = pack_halves(to_e4m3x2(e(2), e(3)), to_e4m3x2(e(6), e(7)));
+        scores[2 * j] = static_cast<int32_t>(upper);
+        scores[2 * j + 1] = static_cast<int32_t>(lower);
+      }
     }
   }
 
@@ -210,7 +233,7 @@ struct Consumer {
     hold(sum);
     wgmma_wait<0>();
     pin(o);
-    pin_first<kBlock / 8>(next);
+    pin_first<kWeights>(next);
     release_v();
     rescale(z);
     issue_qk(next, ready);
@@ -224,9 +247,9 @@ struct Consumer {
     add(z, sum);
     z = reduce(next, z.b, scale);
     pack(scores);
-    pin_first<kBlock / 8>(scores);
+    pin_first<kWeights>(scores);
     pin(o);
-    issue_pv<2>(scores, ready);
+    issue_pv(scores, ready);
   }
 
   __device__ __forceinline__ void last_step(Scores& scores, Scores& previous, const Scaling& z) {
@@ -235,17 +258,37 @@ struct Consumer {
     hold(sum);
     wgmma_wait<0>();
     pin(o);
-    pin_first<kBlock / 8>(previous);
+    pin_first<kWeights>(previous);
     release_v();
     rescale(z);
     add(z, sum);
     pack(scores);
-    pin_first<kBlock / 8>(scores);
+    pin_first<kWeights>(scores);
     pin(o);
-    issue_pv<1>(scores, false);
+    issue_pv(scores, false);
     wgmma_wait<0>();
     pin(o);
-    pin_first<kBlock / 8>(scores);
+    pin_first<kWeights>(scores);
+  }
+
+  // Zeroes the infinities and NaN of the next block of 16-bit V, which would reach even queries that do not see them;
+  // add_nonfinite() gives them to those that do. The other warpgroup zeroes the same ones.
+  __device__ __forceinline__ void clear_nonfinite() {
+    mbarrier_wait(shared_address(&s.full_v[v.stage]), v.parity);
+    constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
+    auto clear = [](uint32_t& pair) {
+      if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
+      if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
+    };
+    uint4* tile = reinterpret_cast<uint4*>(s.v[v.stage]);
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < kVTileBytes / 16; i += 128) {
+      uint4 x = tile[i];
+      clear(x.x), clear(x.y), clear(x.z), clear(x.w);
+      tile[i] = x;
+    }
+    fence_async_shared();
+    named_barrier(threadIdx.x / 128, 128);
   }
 
   // Waits for Q K^T of the next block; returns the scale of its keys.
@@ -270,6 +313,7 @@ struct Consumer {
       int count = left;
       if (masked > 0) {
         z = reduce_masked(even, z.b, scale, left - 1, tile, k_bad);
+        if (kIoV && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
         --masked;
         count = 1;
       } else {
@@ -330,8 +374,11 @@ struct Consumer {
     }
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
-      float2 scale = *reinterpret_cast<const float2*>(&s.v_scale[turn % 2][8 * j + 2 * quad()]);
-      float2 mean = *reinterpret_cast<const float2*>(&s.v_mean[turn % 2][8 * j + 2 * quad()]);
+      float2 scale = make_float2(1.f, 1.f), mean = make_float2(0.f, 0.f);
+      if constexpr (!kIoV) {
+        scale = *reinterpret_cast<const float2*>(&s.v_scale[turn % 2][8 * j + 2 * quad()]);
+        mean = *reinterpret_cast<const float2*>(&s.v_mean[turn % 2][8 * j + 2 * quad()]);
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         o[4 * j + 2 * r] = fmaf(o[4 * j + 2 * r] * inverse[r], scale.x, mean.x);

@@ -7,16 +7,33 @@
 
 namespace sagert {
 
-// Keeps the stages of K8 and V8 full. K runs one block ahead, as the consumers do.
+// Starts the copy of a block of V, `block` of head `head_kv`, to a stage.
+__device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_kv, int block, uint32_t full) {
+  mbarrier_arrive_expect(full, kVTileBytes);
+  if constexpr (kIoV) {
+    const int heads = p.heads_q / p.group;
+    for (int channel = 0; channel < kHeadDim; channel += kMapWidth) {
+      bulk_load_tensor(shared_address(stage + channel * kBlock * 2), p.v_map, channel, block * kBlock, head_kv % heads,
+                       head_kv / heads, full);
+    }
+  } else {
+    bulk_load(shared_address(stage), p.v8 + (static_cast<int64_t>(head_kv) * p.blocks + block) * kTileBytes, kTileBytes,
+              full);
+  }
+}
+
+// Keeps the stages of K and V full. K runs one block ahead, as the consumers do.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
-  Ring<kStages> k;
-  uint32_t v = 0;  // blocks of V so far
+  Ring<kStages> k, v;
+  // Consumers give a block of V back when they are at the next one, and before the first one "give back" a block -1,
+  // which counts as a round of the last stage.
+  uint32_t rounds_of_last = 0;
   for_each_tile(p, [&](int index) {
     const Tile tile = tile_at(p, index);
-    int64_t first = static_cast<int64_t>(tile.head / p.group) * p.blocks;
+    const int head_kv = tile.head / p.group;
     for (int step = 0; step <= tile.blocks; ++step) {
       if (step < tile.blocks) {
-        int64_t block = first + tile.blocks - 1 - step;
+        int64_t block = static_cast<int64_t>(head_kv) * p.blocks + tile.blocks - 1 - step;
         mbarrier_wait(shared_address(&s.empty_k[k.stage]), k.parity ^ 1);
         uint32_t full = shared_address(&s.full_k[k.stage]);
         mbarrier_arrive_expect(full, kTileBytes);
@@ -24,14 +41,11 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
         k.advance();
       }
       if (step > 0) {
-        int64_t block = first + tile.blocks - step;
-        // Consumers give a block back when they are at the next one, and before the first one "give back" a block -1.
-        const uint32_t stage = v % kStages;
-        mbarrier_wait(shared_address(&s.empty_v[stage]), (v + 1) / kStages + 1 & 1);
-        uint32_t full = shared_address(&s.full_v[stage]);
-        mbarrier_arrive_expect(full, kTileBytes);
-        bulk_load(shared_address(s.v[stage]), p.v8 + block * kTileBytes, kTileBytes, full);
-        ++v;
+        const bool last = v.stage == kStages - 1;
+        mbarrier_wait(shared_address(&s.empty_v[v.stage]), last ? rounds_of_last & 1 : v.parity ^ 1);
+        rounds_of_last += last;
+        load_v(p, s.v[v.stage], head_kv, tile.blocks - step, shared_address(&s.full_v[v.stage]));
+        v.advance();
       }
     }
   });
@@ -143,12 +157,16 @@ __device__ __forceinline__ void feed_queries(const Params& p, Shared& s) {
         s.q_shift[slot][r] = shift;
       }
     }
+    if constexpr (!kIoV) {
 #pragma unroll 1
-    for (int d = thread; d < kHeadDim; d += kQuantizers) {
-      s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
-      s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
+      for (int d = thread; d < kHeadDim; d += kQuantizers) {
+        s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
+        s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
+      }
     }
-    if (thread < 2) s.flags[slot][thread] = p.head_flags[int64_t{head_kv} * 2 + thread];
+    // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
+    const int known = kIoV && !kCausal ? 1 : 2;
+    if (thread < 2) s.flags[slot][thread] = thread < known ? p.head_flags[int64_t{head_kv} * 2 + thread] : 0;
     fence_async_shared();
     mbarrier_arrive(shared_address(&s.full_q[slot]));
     ring.advance();

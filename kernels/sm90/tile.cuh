@@ -3,6 +3,7 @@
 #pragma once
 
 #include "integers.cuh"
+#include "ptx/bulk.cuh"
 #include "ptx/mbarrier.cuh"
 #include "quantize.cuh"
 
@@ -11,11 +12,18 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;                // a power of two
+constexpr int kStages = STAGES;
 constexpr int kBlock = 128;                    // keys
 constexpr int kGroups = 2;                     // consumer warpgroups of 64 queries
 constexpr int kRows = 64 * kGroups;            // queries per tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
+#if VMAP_TENSORMAP
+constexpr bool kIoV = true;  // V in 16 bits, as the caller has it; P in the same type
+#else
+constexpr bool kIoV = false;  // V8 and P in e4m3
+#endif
+constexpr int kVTileBytes = kIoV ? 2 * kTileBytes : kTileBytes;
+constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 constexpr int kQuantizers = 96;                // threads that quantize Q
 constexpr int kThreads = 128 * (kGroups + 1);
 
@@ -26,6 +34,7 @@ struct Params {
   const int* k_bad;
   const float* k_shift;
   const int8_t* v8;
+  const TensorMap* v_map;
   const float* v_scale;
   const float* v_mean;
   const int* v_first;
@@ -74,12 +83,12 @@ __device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
 
 struct Shared {
   int8_t k[kStages][kTileBytes];
-  int8_t v[kStages][kTileBytes];
+  int8_t v[kStages][kVTileBytes];
   int8_t q[2][kRows * kHeadDim];
   float q_scale[2][kRows];
   float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
-  float v_scale[2][kHeadDim];
-  float v_mean[2][kHeadDim];
+  float v_scale[2][kIoV ? 1 : kHeadDim];
+  float v_mean[2][kIoV ? 1 : kHeadDim];
   int flags[2][2];  // the head's K, V hold an infinity or a NaN
   uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages], full_q[2], empty_q[2];
 };
@@ -87,7 +96,7 @@ struct Shared {
 // A position in a ring of stages and the parity of its round.
 template <int count>
 struct Ring {
-  int stage = 0;
+  uint32_t stage = 0;
   uint32_t parity = 0;
 
   __device__ __forceinline__ void advance() {
@@ -104,6 +113,13 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   constexpr uint64_t kLayout = row_bytes == 128 ? 1 : 2;
   constexpr uint64_t kStride = 8 * row_bytes >> 4;  // between groups of 8 rows, in 16 bytes
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kStride << 32 | kLayout << 62;
+}
+
+// The same for keys of kMapWidth channels of 16 bits, one after the other: channels are contiguous, keys are summed over.
+// What lies further along the channels is a copy of the tensor map later.
+__device__ __forceinline__ uint64_t descriptor_io(uint32_t address) {
+  constexpr uint64_t kNextChannels = kBlock * kMapWidth * 2 >> 4, kNextKeys = 8 * kMapWidth * 2 >> 4, kLayout = 1;
+  return static_cast<uint64_t>((address & 0x3ffff) >> 4) | kNextChannels << 16 | kNextKeys << 32 | kLayout << 62;
 }
 
 }  // namespace sagert

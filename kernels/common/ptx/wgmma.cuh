@@ -99,7 +99,25 @@ __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t 
 SAGERT_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
 SAGERT_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
 
+// D += P V with 16-bit A (registers) and B (channels contiguous), K = 16.
+#define SAGERT_WGMMA_IO(type, columns, count, a0, a1, a2, a3, b0, flag)                                      \
+  __device__ __forceinline__ void wgmma_##type(float (&d)[count], const uint32_t* a, uint64_t b) {           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                  \
+                 ", 0;\n"                                                                                    \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type                     \
+                 " {" SAGERT_WGMMA_D##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0             \
+                 ", p, 1, 1, 1;\n}\n"                                                                        \
+                 : SAGERT_WGMMA_OPERANDS##count(SAGERT_ACC_F, d)                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                              \
+  }
+
+SAGERT_WGMMA_IO(f16, 64, 32, 32, 33, 34, 35, 36, 37)
+SAGERT_WGMMA_IO(f16, 128, 64, 64, 65, 66, 67, 68, 69)
+SAGERT_WGMMA_IO(bf16, 64, 32, 32, 33, 34, 35, 36, 37)
+SAGERT_WGMMA_IO(bf16, 128, 64, 64, 65, 66, 67, 68, 69)
+
 #undef SAGERT_WGMMA_E4M3
+#undef SAGERT_WGMMA_IO
 #undef SAGERT_WGMMA_D32
 #undef SAGERT_WGMMA_D64
 #undef SAGERT_WGMMA_OPERANDS32
