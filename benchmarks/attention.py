@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from peers import Peer, Unavailable, contenders
-from report import RESULTS, clocks, environment, table, write_json, write_plot
+from report import clocks, default_path, environment, table, write_json, write_plot
 from timing import Call, measure
 
 import sagert
@@ -139,8 +139,7 @@ def main() -> int:
     sys.stdout.write(table(run["points"]))
     for name, reason in dict.fromkeys((p["name"], p["unavailable"]) for p in run["points"] if "unavailable" in p):
         sys.stdout.write(f"left out: {name}: {reason}\n")
-    slug = run["environment"]["device"].lower().replace(" ", "-")
-    path = args.out or RESULTS / f"attention-{slug}.json"
+    path = args.out or default_path("attention", run)
     write_json(path, run)
     plotted = write_plot(path.with_suffix(".png"), run)
     sys.stdout.write(f"wrote {path}" + (f" and {path.with_suffix('.png').name}\n" if plotted else "\n"))

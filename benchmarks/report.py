@@ -32,7 +32,9 @@ def command(*words: str) -> str | None:
 
 
 def clocks() -> dict[str, str] | None:
-    """Clocks, power and temperature of the current device now, as nvidia-smi tells them."""
+    """Clocks, power and temperature of the current device now, as nvidia-smi tells them; None without a device."""
+    if not torch.cuda.is_available():
+        return None
     index = str(torch.cuda.current_device())
     told = command("nvidia-smi", "-i", index, f"--query-gpu={CLOCKS}", "--format=csv,noheader")
     return dict(zip(CLOCKS.split(","), told.split(", "), strict=False)) if told else None
@@ -46,15 +48,15 @@ def version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """Commit, device, driver and versions: what is needed to repeat the run."""
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    """Commit, device, driver and versions: what is needed to repeat the run. Without a CUDA device it is the CPU's."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": os.environ.get("SAGERT_COMMIT") or command("git", "rev-parse", "HEAD"),  # set where no clone is
         "dirty": bool(command("git", "status", "--porcelain", "--untracked-files=no")),
         "command": " ".join(["python", *sys.argv]),
-        "device": properties.name,
-        "multiprocessors": properties.multi_processor_count,
+        "device": properties.name if properties else "CPU",
+        "multiprocessors": properties.multi_processor_count if properties else None,
         "driver": command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -84,6 +86,11 @@ def cell(point: dict[str, Any] | None) -> str:
     if point is None or "tflops" not in point:
         return "-"
     return f"{point['tflops']:.0f} ({point['relative_l1']:.4f})"
+
+
+def default_path(script: str, run: dict[str, Any]) -> Path:
+    """Where a script's result goes: benchmarks/results/<script>-<device>.json."""
+    return RESULTS / f"{script}-{run['environment']['device'].lower().replace(' ', '-')}.json"
 
 
 def write_json(path: Path, run: dict[str, Any]) -> None:
