@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes, memory layouts, the exact oracle and the error measures of the GPU tests."""
+"""Shapes, memory layouts, the exact oracle, poisoned outputs and the error measures of the GPU tests."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+import sagert
 
 LENGTHS = (*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 255, 257, 384, 1000, 1023, 4097)
 GROUPS = (1, 4, 8)
 MEMORY = ("bhsd", "bshd", "sliced", "fused_qkv", "strided_last", "offset", "permuted")
 CASES = 672
 SENTINEL = 12345.0
+LSE_ERROR_MAX = 0.1
 
 
 @dataclass(frozen=True)
@@ -129,24 +133,28 @@ def randn(case: Case, device: torch.device) -> tuple[torch.Tensor, torch.Tensor,
     return q, k, v
 
 
-def visible(seqlen_q: int, seqlen_k: int, causal: bool, device: torch.device) -> torch.Tensor:
-    """Which keys each query sees, bool ``[S, Sk]``; causal is top-left aligned."""
-    seen = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
-    return seen.tril() if causal else seen
-
-
 def exact(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in float64 of ``[B, H, S, D]`` inputs, NaN and Inf of V reaching exactly the queries that see them.
 
+    Causal is aligned top left. `rows` int64 ``[R]`` chooses queries; without it all are computed.
+
     Returns:
-        Output ``[B, H, S, D]`` and LSE ``[B, H, S]``, both float64.
+        Output ``[B, H, R, D]`` and LSE ``[B, H, R]``, both float64.
     """
     group = q.shape[1] // k.shape[1]
-    q = q.double()
+    position = torch.arange(q.shape[2], device=q.device) if rows is None else rows
+    q = q[:, :, position].double()
     k, v = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
-    seen = visible(q.shape[2], k.shape[2], causal, q.device)
+    seen = torch.ones(len(position), k.shape[2], dtype=torch.bool, device=q.device)
+    if causal:
+        seen = torch.arange(k.shape[2], device=q.device) <= position[:, None]
     scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen, float("-inf"))
     lse = torch.logsumexp(scores, dim=-1) if k.shape[2] else torch.full_like(scores.sum(-1), float("-inf"))
@@ -160,6 +168,30 @@ def exact(
     return out, lse
 
 
+def poisoned_attention(
+    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, precision: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sagert's output and LSE of `case`, the output's memory filled beforehand and lying as the case says.
+
+    AssertionError where an output is not finite or not written, anything outside it is written, or an input changes.
+    """
+    context = f"{precision}, {case}"
+    before = [t.clone() for t in (q, k, v)]
+    poison = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
+    out, whole = place(poison, case.memory, SENTINEL)
+    result, lse = sagert.attention(
+        q, k, v, is_causal=case.causal, enable_gqa=case.group > 1, precision=precision, return_lse=True, out=out
+    )
+    assert result.data_ptr() == out.data_ptr(), context
+    assert torch.isfinite(out).all(), f"{context}: outputs left unwritten or not finite"
+    assert int((whole == SENTINEL).sum()) >= whole.numel() - out.numel(), f"{context}: wrote outside the output"
+    for name, was, now in zip("qkv", before, (q, k, v), strict=True):
+        assert torch.equal(was, now), f"{context}: {name} was modified"
+    assert lse.shape == q.shape[:3], context
+    assert lse.dtype == torch.float32, context
+    return out, lse
+
+
 def relative_l1(got: torch.Tensor, want: torch.Tensor) -> float:
     """Sum of absolute errors over the sum of absolute values, in float64."""
     return float((got.double() - want.double()).abs().sum() / want.double().abs().sum().clamp_min(1e-30))
@@ -169,3 +201,29 @@ def cosine(got: torch.Tensor, want: torch.Tensor) -> float:
     """Cosine similarity of the two tensors as vectors, in float64."""
     got, want = got.double().flatten(), want.double().flatten()
     return float(got @ want / (got.norm() * want.norm()).clamp_min(1e-30))
+
+
+def errors(
+    case: object, out: torch.Tensor, lse: torch.Tensor, want: torch.Tensor, want_lse: torch.Tensor
+) -> dict[str, Any]:
+    """What is recorded of one output ``[B, H, S, D]`` and LSE ``[B, H, S]`` against the exact ones."""
+    return {
+        "case": str(case),
+        "outputs": out.numel(),
+        "relative_l1": relative_l1(out, want),
+        "cosine": cosine(out, want),
+        "lse_error": float((lse.double() - want_lse).abs().max()),
+    }
+
+
+def allowed(tolerance: float, outputs: int) -> float:
+    """The row's tolerance holds for many outputs; the mean over few scatters more."""
+    return tolerance * (1.3 if outputs >= 4096 else 1.3 + 60.0 / outputs**0.5)
+
+
+def check_errors(point: dict[str, Any], precision: str, tolerance: float) -> None:
+    """AssertionError where what `errors` found is beyond the row's tolerance."""
+    context = f"{precision}, {point['case']}"
+    error, lse_error = point["relative_l1"], point["lse_error"]
+    assert error <= allowed(tolerance, point["outputs"]), f"{context}: relative L1 {error:.5f}"
+    assert lse_error <= LSE_ERROR_MAX, f"{context}: LSE off by {lse_error:.4f}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_kit import MEMORY, SENTINEL, Case, cases, cosine, exact, place, randn, relative_l1
+from gpu_kit import MEMORY, Case, cases, check_errors, errors, exact, place, poisoned_attention, randn, relative_l1
 
 import sagert
 from sagert import reference
@@ -24,49 +24,20 @@ def reference_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: 
     return got[0] if isinstance(got, tuple) else got
 
 
-def allowed(tolerance: float, outputs: int) -> float:
-    """The row's tolerance holds for many outputs; the mean over few scatters more."""
-    return tolerance * (1.3 if outputs >= 4096 else 1.3 + 60.0 / outputs**0.5)
-
-
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_generated_shape(
     case: Case, served: list[str], tolerance: dict[str, float], device: torch.device, record: Any
 ) -> None:
     q, k, v = randn(case, device)
-    before = [t.clone() for t in (q, k, v)]
     want, want_lse = exact(q, k, v, case.causal)
     for precision in served:
-        poison = torch.full(want.shape, float("nan"), dtype=case.dtype, device=device)
-        out, whole = place(poison, case.memory, SENTINEL)
-        result, lse = sagert.attention(
-            q, k, v, is_causal=case.causal, enable_gqa=case.group > 1, precision=precision, return_lse=True, out=out
-        )
-        context = f"{precision}, {case}"
-        assert result.data_ptr() == out.data_ptr(), context
-        assert torch.isfinite(out).all(), f"{context}: outputs left unwritten or not finite"
-        assert int((whole == SENTINEL).sum()) >= whole.numel() - out.numel(), f"{context}: wrote outside the output"
-        for name, was, now in zip("qkv", before, (q, k, v), strict=True):
-            assert torch.equal(was, now), f"{context}: {name} was modified"
-
-        error = relative_l1(out, want)
-        lse_error = float((lse.double() - want_lse).abs().max())
+        out, lse = poisoned_attention(case, q, k, v, precision)
+        point = errors(case, out, lse, want, want_lse)
         near = relative_l1(out, reference_output(q, k, v, case.causal, precision))
-        record.add(
-            precision,
-            case=str(case),
-            outputs=case.outputs,
-            relative_l1=error,
-            cosine=cosine(out, want),
-            lse_error=lse_error,
-            against_reference=near,
-        )
-        assert lse.shape == want_lse.shape, context
-        assert lse.dtype == torch.float32, context
-        assert error <= allowed(tolerance[precision], case.outputs), f"{context}: relative L1 {error:.5f}"
-        assert lse_error <= 0.1, f"{context}: LSE off by {lse_error:.4f}"
+        record.add("shapes", precision, **point, against_reference=near)
+        check_errors(point, precision, tolerance[precision])
         bound = AGAINST_REFERENCE.get(precision, 0.02) * (1 if case.outputs >= 4096 else 3)
-        assert near <= bound, f"{context}: relative L1 {near:.5f} against the reference"
+        assert near <= bound, f"{precision}, {case}: relative L1 {near:.5f} against the reference"
 
 
 @pytest.mark.parametrize("memory", MEMORY)
