@@ -13,8 +13,8 @@ constexpr float kLog2PScale = kIoV ? 8.f : 8.807354922057604f;  // log2(448): P 
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.402823466e38f;  // of a row that has seen no key
 constexpr int kMasked = -2147483647 - 1;     // score of a key that a query does not see
-constexpr int kFirstCut = 24;                // exponentials before Q K^T of the next block is issued
-constexpr int kSecondCut = 56;               // and before its scores are waited for
+// Exponentials before Q K^T of the next block is issued, and before its scores are waited for.
+constexpr int kFirstCut = kHeadDim == 64 ? 8 : 24, kSecondCut = kHeadDim == 64 ? 40 : 56;
 
 // Exponents of a block of keys are c * score + b; -b is the running maximum. alpha is what it costs the sums so far.
 struct Scaling {
@@ -301,9 +301,10 @@ struct Consumer {
     return scale;
   }
 
-  // All blocks, from the last one down: masked ones one after the other, then the rest pipelined. One turn of the inner
-  // loop takes two, so that their scores keep their registers. There is one loop for both kinds because ptxas finds no
-  // registers for the accumulators of two (C7512).
+  // All blocks, from the last one down, the first `masked` with a mask. The first one may hold the causal diagonal or the end of the keys; with keys that
+  // are not finite every block is masked, and one is done after the other. One turn of the inner loop takes two, so that
+  // their scores keep their registers. There is one loop for both kinds because ptxas finds no registers for the
+  // accumulators of two (C7512).
   __device__ __forceinline__ void attend_blocks(const Tile& tile, Scaling& z, int masked, bool k_bad) {
     Scores even, odd;
     int left = tile.blocks;
@@ -313,9 +314,9 @@ struct Consumer {
       int count = left;
       if (masked > 0) {
         z = reduce_masked(even, z.b, scale, left - 1, tile, k_bad);
-        if (kIoV && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
         --masked;
-        count = 1;
+        if (k_bad) count = 1;
+        if (kIoV && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
       } else {
         z = reduce(even, z.b, scale);
       }
@@ -348,8 +349,7 @@ struct Consumer {
     z.b[0] = z.b[1] = -kLowest;
     const bool k_bad = s.flags[turn % 2][0] != 0;
     const bool ragged = kCausal || tile.blocks * kBlock > p.seqlen_k;
-    const int masked = k_bad ? tile.blocks : ragged ? 1 : 0;
-    attend_blocks(tile, z, masked, k_bad);
+    attend_blocks(tile, z, k_bad ? tile.blocks : ragged ? 1 : 0, k_bad);
     write(index, z);
     __syncwarp();
     if (leader()) mbarrier_arrive(shared_address(&s.empty_q[turn % 2]));
@@ -390,20 +390,39 @@ struct Consumer {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = tile.row + row() + 8 * r;
-      if (query >= p.seqlen_q) continue;
       uint16_t* place = out + query * p.o_ss;
       if (p.o_vec) {
-#pragma unroll
-        for (int j = 0; j < kHeadDim / 8; ++j) {
-          *reinterpret_cast<uint32_t*>(place + 8 * j + 2 * quad()) = to_io2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
-        }
-      } else {
+        write_row(place, r, query < p.seqlen_q);
+      } else if (query < p.seqlen_q) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 4; ++i) {
           const int d = 8 * (i / 2) + 2 * quad() + i % 2;
           if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
         }
       }
+    }
+  }
+
+  // Stores row r of this thread. The 4 threads of a row have 2 of each 8 channels: they exchange them until each has 8,
+  // for one store of 16 bytes. In exchange 1 and 2 a thread keeps the halves whose index has its own bit.
+  __device__ __forceinline__ void write_row(uint16_t* place, int r, bool inside) {
+    const bool odd = quad() & 1, upper = quad() & 2;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = to_io2(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t got = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = got;
+      }
+      if (inside) *reinterpret_cast<uint4*>(place + 8 * (j + quad())) = make_uint4(x[0], x[1], x[2], x[3]);
     }
   }
 

@@ -2,6 +2,7 @@
 // The producer warpgroup: one thread feeds the blocks of K and V, three warps quantize the queries of the next tile.
 #pragma once
 
+#include "ptx/async_copy.cuh"
 #include "ptx/bulk.cuh"
 #include "tile.cuh"
 
@@ -75,27 +76,50 @@ __device__ __forceinline__ uint32_t row_max(uint32_t value) {
   return max(value, __shfl_xor_sync(~0u, value, 2));
 }
 
-// One row of contiguous, aligned channels, a quarter of it per lane; returns the row's scale. The row is read twice,
-// the second time from L1: holding it would take more registers than a producer has.
-__device__ __forceinline__ float quantize_row(const Params& p, const uint16_t* row, bool inside, int8_t* q, int r,
-                                              int quad) {
-  constexpr int kVectors = kHeadDim / 32;  // of 8 channels per lane
-  const uint4* source = reinterpret_cast<const uint4*>(row) + quad * kVectors;
+constexpr int kVectors = kHeadDim / 32;  // of 8 channels that a lane has of a row, which is shared by 4
+constexpr int kRowsAtOnce = kQuantizers / 4;
+static_assert(kRows % 8 == 0 && kRowsAtOnce % 8 == 0, "whole warps must reach the shuffles");
+
+__device__ __forceinline__ const uint16_t* queries_of(const Params& p, const Tile& tile) {
+  return p.q + tile.head / p.heads_q * p.q_sb + tile.head % p.heads_q * p.q_sh + tile.row * p.q_ss;
+}
+
+// Where a lane's vector of a row stands in `raw`; neighbouring rows on different banks.
+__device__ __forceinline__ int raw_vector(int r, int quad, int i) {
+  return r * (kHeadDim / 8) + (i * 4 + quad ^ r % 2 * 4);
+}
+
+// Starts the copy of a tile's contiguous, aligned queries: each lane brings what it will read.
+__device__ __forceinline__ void prefetch_queries(const Params& p, Shared& s, int index, int thread) {
+  const Tile tile = tile_at(p, index);
+  const uint16_t* base = queries_of(p, tile);
+  const int quad = thread % 4;
+#pragma unroll 1
+  for (int r = thread / 4; r < kRows; r += kRowsAtOnce) {
+    const bool inside = tile.row + r < p.seqlen_q;
+    const uint16_t* row = base + (inside ? r : 0) * p.q_ss;
+#pragma unroll 1
+    for (int i = 0; i < kVectors; ++i) {
+      async_copy16(shared_address(&s.raw[raw_vector(r, quad, i)]), row + (i * 4 + quad) * 8, inside);
+    }
+  }
+}
+
+// One row, whose copy has come; returns the row's scale.
+__device__ __forceinline__ float quantize_row(const Params& p, const uint4* raw, int8_t* q, int r, int quad) {
   constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
   uint32_t pair = 0;
-  if (inside) {
 #pragma unroll 2
-    for (int i = 0; i < kVectors; ++i) {
-      uint4 x = source[i];
-      pair = __vmaxu2(__vmaxu2(pair, x.x & kMagnitude), x.y & kMagnitude);
-      pair = __vmaxu2(__vmaxu2(pair, x.z & kMagnitude), x.w & kMagnitude);
-    }
+  for (int i = 0; i < kVectors; ++i) {
+    uint4 x = raw[raw_vector(r, quad, i)];
+    pair = __vmaxu2(__vmaxu2(pair, x.x & kMagnitude), x.y & kMagnitude);
+    pair = __vmaxu2(__vmaxu2(pair, x.z & kMagnitude), x.w & kMagnitude);
   }
   RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
 #pragma unroll 1
   for (int i = 0; i < kVectors; ++i) {
-    uint4 x = inside ? source[i] : make_uint4(0, 0, 0, 0);
-    int vector = quad * kVectors + i;
+    uint4 x = raw[raw_vector(r, quad, i)];
+    const int vector = i * 4 + quad;
     uint2 packed = {quantize4(x.x, x.y, scale.inverse), quantize4(x.z, x.w, scale.inverse)};
     *reinterpret_cast<uint2*>(q + r * kHeadDim + swizzled<kHeadDim>(vector / 2, r) * 16 + vector % 2 * 8) = packed;
   }
@@ -131,46 +155,56 @@ __device__ __forceinline__ float shift_of_row(const Params& p, const uint16_t* r
   return sum * p.scale_log2;
 }
 
-// Quantizes the queries of each tile, and brings what its epilogue needs.
+// Quantizes the queries of a tile into a slot, and brings what its epilogue needs.
+__device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int index, int slot, int thread) {
+  const Tile tile = tile_at(p, index);
+  const int quad = thread % 4;
+  const int head_kv = tile.head / p.group;
+  const uint16_t* base = queries_of(p, tile);
+  async_copy_wait();
+#pragma unroll 1
+  for (int r = thread / 4; r < kRows; r += kRowsAtOnce) {
+    const uint16_t* row = base + r * p.q_ss;
+    const bool inside = tile.row + r < p.seqlen_q;
+    float scale = p.q_vec ? quantize_row(p, s.raw, s.q[slot], r, quad)
+                          : quantize_row_any(p, row, inside, s.q[slot], r, quad);
+    float shift = 0.f;
+    if (p.write_lse) shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, quad);
+    if (quad == 0) {
+      s.q_scale[slot][r] = scale;
+      s.q_shift[slot][r] = shift;
+    }
+  }
+  if constexpr (!kIoV) {
+#pragma unroll 1
+    for (int d = thread; d < kHeadDim; d += kQuantizers) {
+      s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
+      s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
+    }
+  }
+  // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
+  const int known = kIoV && !kCausal ? 1 : 2;
+  if (thread < 2) s.flags[slot][thread] = thread < known ? p.head_flags[int64_t{head_kv} * 2 + thread] : 0;
+  fence_async_shared();
+}
+
+// Keeps the slots of quantized queries full; those of one more tile are on their way to shared memory.
 __device__ __forceinline__ void feed_queries(const Params& p, Shared& s) {
-  const int thread = threadIdx.x - 32, quad = thread % 4;
+  const int thread = threadIdx.x - 32;
+  const int total = p.tiles * p.heads_total;
   Ring<2> ring;
-  for_each_tile(p, [&](int index) {
-    const Tile tile = tile_at(p, index);
-    const int slot = ring.stage;
-    mbarrier_wait(shared_address(&s.empty_q[slot]), ring.parity ^ 1);
-    const uint16_t* base = p.q + tile.head / p.heads_q * p.q_sb + tile.head % p.heads_q * p.q_sh;
-    const int head_kv = tile.head / p.group;
-    constexpr int kRounds = (kRows * 4 + kQuantizers - 1) / kQuantizers;
+  int next = blockIdx.x;
 #pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) {
-      // The last round is not full: its spare lanes repeat the last row, so that whole warps reach the shuffles.
-      const int r = min(thread / 4 + round * (kQuantizers / 4), kRows - 1);
-      const uint16_t* row = base + (tile.row + r) * p.q_ss;
-      const bool inside = tile.row + r < p.seqlen_q;
-      float scale = p.q_vec ? quantize_row(p, row, inside, s.q[slot], r, quad)
-                            : quantize_row_any(p, row, inside, s.q[slot], r, quad);
-      float shift = 0.f;
-      if (p.write_lse) shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, quad);
-      if (quad == 0) {
-        s.q_scale[slot][r] = scale;
-        s.q_shift[slot][r] = shift;
-      }
+  for (int index = -1;; index = next, next += gridDim.x) {
+    if (index >= 0) {
+      mbarrier_wait(shared_address(&s.empty_q[ring.stage]), ring.parity ^ 1);
+      quantize_tile(p, s, index, ring.stage, thread);
+      mbarrier_arrive(shared_address(&s.full_q[ring.stage]));
+      ring.advance();
     }
-    if constexpr (!kIoV) {
-#pragma unroll 1
-      for (int d = thread; d < kHeadDim; d += kQuantizers) {
-        s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
-        s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
-      }
-    }
-    // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
-    const int known = kIoV && !kCausal ? 1 : 2;
-    if (thread < 2) s.flags[slot][thread] = thread < known ? p.head_flags[int64_t{head_kv} * 2 + thread] : 0;
-    fence_async_shared();
-    mbarrier_arrive(shared_address(&s.full_q[slot]));
-    ring.advance();
-  });
+    if (next >= total) break;
+    if (p.q_vec) prefetch_queries(p, s, next, thread);
+  }
 }
 
 }  // namespace sagert

@@ -85,6 +85,7 @@ struct Shared {
   int8_t k[kStages][kTileBytes];
   int8_t v[kStages][kVTileBytes];
   int8_t q[2][kRows * kHeadDim];
+  uint4 raw[kRows * kHeadDim / 8];  // queries of the tile to quantize next, in 16 bits
   float q_scale[2][kRows];
   float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
   float v_scale[2][kIoV ? 1 : kHeadDim];

@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies to shared memory that a thread starts and later waits for, without a register or a barrier.
+#pragma once
+
+#include "integers.cuh"
+
+namespace sagert::ptx {
+
+// Copies 16 bytes, or writes zeros; both addresses 16-byte aligned. `source` must be valid in either case.
+__device__ __forceinline__ void async_copy16(uint32_t destination, const void* source, bool copy) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(copy ? 16 : 0)
+               : "memory");
+}
+
+// Waits for all copies of this thread.
+__device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace sagert::ptx
