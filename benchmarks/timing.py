@@ -34,25 +34,34 @@ def elapsed(call: Call, repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def measure(calls: dict[str, Call], rounds: int, sample_ms: float = 10.0) -> dict[str, Timing]:
+def measure(calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 150.0) -> dict[str, Timing]:
     """Times every call.
+
+    A fast kernel runs into the power limit of its device, and clocks follow with a lag: right behind a frugal contender
+    it runs faster than it can for long, right behind a hungry one slower. So each contender runs for `settle_ms` before
+    its samples, and the contenders take turns twice, the second time in reverse.
 
     Args:
         calls: name -> function that launches the work on the current stream.
-        rounds: samples per call; each round takes one sample of every call.
+        rounds: samples per call.
         sample_ms: how long one sample should last.
+        settle_ms: how long a call runs before its samples count.
 
     Returns:
         name -> Timing.
     """
     repeats: dict[str, int] = {}
     for name, call in calls.items():
-        elapsed(call, 3)  # warms up: loads kernels, fills caches, raises clocks
+        elapsed(call, 3)  # warms up: loads kernels, fills caches
         repeats[name] = max(1, math.ceil(sample_ms / max(elapsed(call, 3), 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(elapsed(call, repeats[name]))
+    names = list(calls)
+    for order in (names, names[::-1]):
+        for name in order:
+            passed = 0.0
+            while passed < settle_ms:
+                passed += elapsed(calls[name], repeats[name]) * repeats[name]
+            samples[name] += [elapsed(calls[name], repeats[name]) for _ in range(math.ceil(rounds / 2))]
     return {name: summary(values) for name, values in samples.items()}
 
 

@@ -44,19 +44,20 @@ std::string pointee(const char* signature, const char* name) {
 }
 
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream, bool after_own) {
+            KernelParameters& parameters, void* stream, bool after_own, int32_t cluster) {
   if (blocks <= 0) return;
+  if (cluster == 0) cluster = entry.cluster;
   parameters.hidden(entry.hidden_params);
-  if (blocks > std::numeric_limits<int32_t>::max() || blocks % entry.cluster != 0 || parameters.overflowed()) {
+  if (blocks > std::numeric_limits<int32_t>::max() || blocks % cluster != 0 || cluster > entry.cluster || parameters.overflowed()) {
     fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " cannot be launched with ", blocks, " blocks in clusters of ",
-         entry.cluster, " and ", parameters.overflowed() ? "too many" : "these", " parameters");
+         cluster, " and ", parameters.overflowed() ? "too many" : "these", " parameters");
   }
   CUlaunchAttribute attributes[2] = {};
   unsigned int attribute_count = 0;
-  if (entry.cluster > 1) {
+  if (cluster > 1) {
     CUlaunchAttribute& attribute = attributes[attribute_count++];
     attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attribute.value.clusterDim = {static_cast<unsigned int>(entry.cluster), 1, 1};
+    attribute.value.clusterDim = {static_cast<unsigned int>(cluster), 1, 1};
   }
   if (entry.dependent_launch != 0 && after_own && driver.version() >= kDependentLaunchMin) {
     CUlaunchAttribute& attribute = attributes[attribute_count++];

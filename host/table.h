@@ -21,7 +21,7 @@ struct KernelEntry {
   int32_t shared;         // dynamic shared memory, bytes
   int32_t static_shared;
   int32_t tile;              // rows of its input one program covers (BLOCK_M of attention)
-  int32_t cluster;           // blocks per cluster; 1: no clusters
+  int32_t cluster;           // blocks per cluster, at most; 1: no clusters
   int32_t ctas_per_sm;       // of a kernel whose blocks take tiles in turns
   int32_t dependent_launch;  // 1: it may start before the kernel in front of it ends, and waits for it itself
   uint64_t length;           // bytes

@@ -21,6 +21,9 @@ constexpr int64_t kKeyGroups = 4;       // of a block, each with a scale of its 
 constexpr int64_t kVectorElements = 8;  // what the kernels' vector path needs strides to be multiples of
 constexpr int64_t kTileCounterSize = 64;
 constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
+// The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
+constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
+constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;   // bytes, of a tensor map
 constexpr int64_t kWord = 4;
 constexpr int64_t kHalf = 2;
@@ -139,6 +142,18 @@ void encode_v_map(const Driver& driver, Plan& plan) {
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   driver.check(result, "encoding the tensor map of V");
+}
+
+// Blocks that share the K or V of a head: few when there are many heads, more when the heads being worked on would not
+// stay in L2, at most a key block each.
+int64_t prepass_cluster(const Device& device, const KernelEntry& kernel, const Plan& plan, int64_t jobs) {
+  int64_t resident = device.info.multiprocessors * kPrepassBlocksPerSm;
+  int64_t job_bytes = plan.blocks * kBlock * plan.padded_head_dim * kHalf;
+  int64_t wanted = std::max(ceil_div(resident * 3, jobs * 4), ceil_div(resident * job_bytes, kPrepassL2Bytes));
+  wanted = std::min({wanted, plan.blocks, int64_t{kernel.cluster}});
+  int64_t cluster = 1;
+  while (cluster < wanted && 2 * cluster <= kernel.cluster) cluster *= 2;
+  return cluster;
 }
 
 template <typename Sink>
@@ -278,7 +293,8 @@ class Wgmma : public Family {
       KernelParameters parameters;
       pass_quantize_kv(parameters, plan);
       int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
-      launch(driver, quantize_kv, kernel, jobs * kernel.cluster, parameters, args.stream);
+      int64_t cluster = prepass_cluster(device, kernel, plan, jobs);
+      launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
     }
     if (attend) {
       // The pre-pass sets the counter of tiles back; where attention is repeated without it, that is done here.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pre-pass of the sm90 wgmma family: smooths and quantizes K and V in one launch.
 //
-// A cluster of CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first their
+// A cluster of at most CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first their
 // column statistics, combined over the cluster through distributed shared memory, then, from L2, the quantization.
 // Tiles are laid out in shared memory as wgmma reads them and leave through the copy engine:
 //   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
@@ -465,7 +465,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
 
 }  // namespace sagert
 
-// Grid: CLUSTER blocks per job, in clusters of CLUSTER; B * Hk jobs, twice as many with v_jobs. TileCounter: 64 zeros.
+// Grid: one cluster of at most CLUSTER blocks per job; B * Hk jobs, twice as many with v_jobs. TileCounter: 64 zeros.
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
     quantize_kv(const uint16_t* K, const uint16_t* V, int8_t* K8, float* KScale, int* KBad, float* KShift,
                 sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags,
@@ -477,16 +477,17 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
   launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x < 64) TileCounter[threadIdx.x] = 0;
 
-  int job = blockIdx.x / kCluster;
+  const int cluster = static_cast<int>(cluster_size());
+  int job = blockIdx.x / cluster;
   bool is_v = v_jobs != 0 && job % 2 == 1;
   if (threadIdx.x == 0) s.channel_stride = is_v ? v_sd : k_sd;
   __syncthreads();
   Task t;
   t.bh = v_jobs != 0 ? job / 2 : job;
-  t.rank = blockIdx.x % kCluster;
+  t.rank = blockIdx.x % cluster;
   t.blocks = blocks;
-  t.first = static_cast<int>(static_cast<int64_t>(blocks) * t.rank / kCluster);
-  t.last = static_cast<int>(static_cast<int64_t>(blocks) * (t.rank + 1) / kCluster);
+  t.first = static_cast<int>(static_cast<int64_t>(blocks) * t.rank / cluster);
+  t.last = static_cast<int>(static_cast<int64_t>(blocks) * (t.rank + 1) / cluster);
   int64_t b = t.bh / heads_kv, h = t.bh % heads_kv;
   Params p{K8, KScale, KBad, KShift, V8, VScale, VMean, VFirst, HeadFlags, smooth_k, copy_v, v_stats};
   if (is_v) {

@@ -16,7 +16,7 @@ namespace sagert {
 using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
-constexpr int kCluster = CLUSTER;
+constexpr int kClusterMax = CLUSTER;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlock = 128;                    // keys
@@ -336,27 +336,30 @@ __device__ __forceinline__ void column_statistics(Shared& s, const Input& in, in
 template <int statistic>
 __device__ __forceinline__ float reduce_cluster(Shared& s, int channel) {
   uint32_t address = shared_address(&s.stats[statistic][channel]);
-  float parts[kCluster];
+  const int last = static_cast<int>(cluster_size()) - 1;
+  float parts[kClusterMax];
 #pragma unroll
-  for (int rank = 0; rank < kCluster; ++rank) parts[rank] = load_cluster_f32(map_shared(address, rank));
+  for (int rank = 0; rank < kClusterMax; ++rank) parts[rank] = load_cluster_f32(map_shared(address, min(rank, last)));
 #pragma unroll
-  for (int rank = 1; rank < kCluster; ++rank) parts[0] = combine<statistic>(parts[0], parts[rank]);
+  for (int rank = 1; rank < kClusterMax; ++rank) {
+    if (rank <= last) parts[0] = combine<statistic>(parts[0], parts[rank]);
+  }
   return parts[0];
 }
 
 __device__ __forceinline__ bool any_nonfinite(Shared& s) {
   uint32_t address = shared_address(&s.nonfinite);
   int any = 0;
-#pragma unroll
-  for (int rank = 0; rank < kCluster; ++rank) any |= load_cluster_s32(map_shared(address, rank));
+  const int size = static_cast<int>(cluster_size());
+  for (int rank = 0; rank < size; ++rank) any |= load_cluster_s32(map_shared(address, rank));
   return any != 0;
 }
 
 __device__ __forceinline__ int reduce_first(Shared& s, int which, int channel) {
   uint32_t address = shared_address(&s.first[which][channel]);
   int first = kNever;
-#pragma unroll
-  for (int rank = 0; rank < kCluster; ++rank) first = min(first, load_cluster_s32(map_shared(address, rank)));
+  const int size = static_cast<int>(cluster_size());
+  for (int rank = 0; rank < size; ++rank) first = min(first, load_cluster_s32(map_shared(address, rank)));
   return first;
 }
 

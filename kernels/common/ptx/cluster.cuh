@@ -18,6 +18,12 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+__device__ __forceinline__ uint32_t cluster_size() {
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+}
+
 // The address, in the shared memory of block `rank` of the cluster, that corresponds to this block's `address`.
 __device__ __forceinline__ uint32_t map_shared(uint32_t address, uint32_t rank) {
   uint32_t mapped;
