@@ -34,7 +34,9 @@ def elapsed(call: Call, repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
-def measure(calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 150.0) -> dict[str, Timing]:
+def measure(
+    calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 150.0
+) -> dict[str, Timing]:
     """Times every call.
 
     A fast kernel runs into the power limit of its device, and clocks follow with a lag: right behind a frugal contender

@@ -48,7 +48,8 @@ void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int
   if (blocks <= 0) return;
   if (cluster == 0) cluster = entry.cluster;
   parameters.hidden(entry.hidden_params);
-  if (blocks > std::numeric_limits<int32_t>::max() || blocks % cluster != 0 || cluster > entry.cluster || parameters.overflowed()) {
+  if (blocks > std::numeric_limits<int32_t>::max() || blocks % cluster != 0 || cluster > entry.cluster ||
+      parameters.overflowed()) {
     fail(SAGERT_ERROR_INTERNAL, "kernel ", entry.file, " cannot be launched with ", blocks, " blocks in clusters of ",
          cluster, " and ", parameters.overflowed() ? "too many" : "these", " parameters");
   }

@@ -76,8 +76,8 @@ bool matches_signature(const std::string& list, const char* signature);
 std::string pointee(const char* signature, const char* name);
 
 // Enqueues a kernel of `kKernels` on the stream. `blocks` is its one-dimensional grid. `after_own`: the launch in front
-// of it in the stream is one of the same call, so that a dependent launch may overlap it. `cluster`: blocks per cluster,
-// at most the kernel's own number, which 0 stands for.
+// of it in the stream is one of the same call, so that a dependent launch may overlap it. `cluster`: blocks per
+// cluster, at most the kernel's own number, which 0 stands for.
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
             KernelParameters& parameters, void* stream, bool after_own = false, int32_t cluster = 0);
 

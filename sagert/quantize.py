@@ -73,6 +73,22 @@ def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / 448.0, dtype=torch.float32))
 
 
+def quantize_v_int8(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """INT8 values of v [N, Sk, Dv], held in fp32 with non-finite entries as 0, and scales [N, blocks of keys, Dv].
+
+    Scales are bf16 numbers, rounded up so that no value exceeds 127.
+    """
+    n, keys, d = v.shape
+    clean = torch.nn.functional.pad(torch.where(v.isfinite(), v, 0.0), (0, 0, 0, -keys % block))
+    blocks = clean.reshape(n, -1, block, d)
+    amax = blocks.abs().amax(2, keepdim=True)
+    zero = amax < TINY
+    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
+    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    values = torch.where(zero, 0.0, torch.round(blocks * (1.0 / scale)))
+    return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
+
+
 def first_nonfinite(v: Tensor) -> tuple[Tensor, Tensor]:
     """First key whose entry of v [N, Sk, Dv] is +inf or NaN, and first that is -inf or NaN: int64 [N, 1, Dv] each."""
     keys = torch.arange(v.shape[1], device=v.device)[None, :, None]

@@ -13,15 +13,22 @@ import math
 import torch
 from torch import Tensor
 
-from sagert.quantize import first_nonfinite, k_shift, quantize_key_groups, quantize_rows, quantize_v_fp8, v_mean
+from sagert.quantize import (
+    first_nonfinite,
+    k_shift,
+    quantize_key_groups,
+    quantize_rows,
+    quantize_v_fp8,
+    quantize_v_int8,
+    v_mean,
+)
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 WGMMA_LOG2_P_SCALE = 8.0  # of P in 16 bits: keeps small weights out of fp16's subnormal numbers
-PRECISIONS = ("int8_fp16", "int8_fp8")
-FAMILIES = ("portable", "wgmma")
-WGMMA_PRECISIONS = ("int8_fp16", "int8_fp8")
+PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
+RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 
 
@@ -42,13 +49,13 @@ def attention(
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
     number of keys the online softmax takes at a time. `family` is whose recipe to follow: "portable" scales K by rows
     and visits keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits
-    keys downwards (K must be finite there). Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]).
+    keys downwards (K must be finite there); its int8_int8 scales P by the row maximum of each block of keys, and V by
+    block and channel. Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]).
     ValueError for a precision or a family that has no reference.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} has no reference: use one of {', '.join(PRECISIONS)}")
-    if family not in FAMILIES or (family == "wgmma" and precision not in WGMMA_PRECISIONS):
-        raise ValueError(f"family={family!r} has no reference for {precision}: use 'portable'")
+    if precision not in RECIPES.get(family, ()):
+        known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
+        raise ValueError(f"precision={precision!r} has no reference in family={family!r}: use one of {known}")
     b, h, s, d = q.shape
     hk, sk, dv = k.shape[1], k.shape[2], v.shape[3]
     out = torch.zeros(b, h, s, dv, dtype=q.dtype, device=q.device)
@@ -92,7 +99,7 @@ def _heads(
     wgmma: bool,
 ) -> tuple[Tensor, Tensor]:
     """Some key heads: q [N, rows, D], k [N, Sk, D], v [N, Sk, Dv]; fp32 out [N, rows, Dv] and lse [N, rows]."""
-    fp8 = precision == "int8_fp8"
+    fp8, integer = precision == "int8_fp8", precision == "int8_int8"
     kf, qf = k.float(), q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     shift = k_shift(kf) if smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
     k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
@@ -100,14 +107,16 @@ def _heads(
     k_scale = k_scale.transpose(1, 2)
     vf = v.float()
     first_pos, first_neg = first_nonfinite(vf)
-    mean = v_mean(vf) if wgmma and fp8 else None
-    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma else 0.0
+    mean = v_mean(vf) if wgmma and precision != "int8_fp16" else None
+    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma and not integer else 0.0
     if mean is not None:
         vf = vf - mean
     if fp8:
         pv, v_scale = quantize_v_fp8(vf)
+    elif integer:
+        pv, v_scale = quantize_v_int8(vf, block_n)
     else:
-        pv, v_scale = torch.where(vf.isfinite(), vf, 0.0), None
+        pv, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
 
     sk = k.shape[1]
     m = qf.new_full((*q.shape[:2], 1), -math.inf)
@@ -122,16 +131,26 @@ def _heads(
         if is_causal:
             hidden = torch.arange(start, keys.stop, device=q.device)[None, :] > position[:, None]
             scores = scores.masked_fill(hidden, -math.inf)
-        m_new = torch.maximum(m, scores.amax(-1, keepdim=True) * q_scale)
+        highest = scores.amax(-1, keepdim=True) * q_scale
+        m_new = torch.maximum(m, highest)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
-        p = torch.exp2(scores * q_scale - (base - p_scale))
         alpha = torch.exp2(m - base)
-        total = total * alpha + p.sum(-1, keepdim=True)
-        p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(v.dtype).float()
-        acc = acc * alpha + p @ pv[:, keys]
+        if integer:
+            p = torch.exp2(scores * q_scale - torch.where(highest == -math.inf, 0.0, highest))
+            p = torch.round(255.0 * p)
+            weight = torch.exp2(highest - base) / 255.0
+            block = start // block_n
+            # Sums of products of bytes over a block stay below 2**24: exact in fp32.
+            total = total * alpha + weight * p.sum(-1, keepdim=True)
+            acc = acc * alpha + (p @ pv[:, keys]) * (weight * v_scale[:, block : block + 1])
+        else:
+            p = torch.exp2(scores * q_scale - (base - p_scale))
+            total = total * alpha + p.sum(-1, keepdim=True)
+            p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(v.dtype).float()
+            acc = acc * alpha + p @ pv[:, keys]
         m = m_new
     out = acc / total
-    if v_scale is not None:
+    if fp8:
         out = out * v_scale
     if mean is not None:
         out = out + mean

@@ -24,7 +24,7 @@ constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V th
 // The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
 constexpr int64_t kPrepassBlocksPerSm = 2;
-constexpr int64_t kMapStrideMax = int64_t{1} << 40;   // bytes, of a tensor map
+constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
 constexpr int64_t kWord = 4;
 constexpr int64_t kHalf = 2;
 

@@ -4,8 +4,13 @@
 //
 // A block is one producer warpgroup and two consumer warpgroups of 64 queries, and stays for many tiles. A consumer
 // holds the scores of two blocks of keys: Q K^T of the next block runs under the exponentials of the present one, P V
-// of the present one under those of the next. docs/performance/sm90.md has the budget and the measurements.
+// of the present one under those of the next. With V in INT8 P V is in integers: consumer_int8.cuh.
+// docs/performance/sm90.md has the budget and the measurements.
+#if V8_I8
+#include "consumer_int8.cuh"
+#else
 #include "consumer.cuh"
+#endif
 #include "producer.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/registers.cuh"
@@ -19,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
 #else
               const int8_t* V8,
 #endif
-              const float* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
+              const sagert::VScaleType* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
               uint16_t* Out, float* Lse, int* TileCounter, float scale_log2, int seqlen_q, int seqlen_k, int blocks,
               int heads_q, int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section,
               int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss,
@@ -34,10 +39,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
 #else
   const TensorMap* v_map = nullptr;
 #endif
-  const Params p = {Q,         K8,         KScale, KBad,        KShift,     V8,  v_map,        VScale,        VMean,   VFirst,
-                    HeadFlags, Out,        Lse,    scale_log2,  seqlen_q,   seqlen_k,   blocks,        heads_q, group,
-                    head_dim,  head_dim_v, tiles,  heads_total, section,    q_sb,       q_sh,          q_ss,    q_sd,
-                    o_sb,      o_sh,       o_ss,   o_sd,        q_vec != 0, o_vec != 0, write_lse != 0};
+  const Params p = {Q,      K8,        KScale,     KBad,  KShift,      V8,         v_map,      VScale,        VMean,
+                    VFirst, HeadFlags, Out,        Lse,   scale_log2,  seqlen_q,   seqlen_k,   blocks,        heads_q,
+                    group,  head_dim,  head_dim_v, tiles, heads_total, section,    q_sb,       q_sh,          q_ss,
+                    q_sd,   o_sb,      o_sh,       o_ss,  o_sd,        q_vec != 0, o_vec != 0, write_lse != 0};
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pre-pass of the sm90 wgmma family: smooths and quantizes K and V in one launch.
 //
-// A cluster of at most CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first their
-// column statistics, combined over the cluster through distributed shared memory, then, from L2, the quantization.
-// Tiles are laid out in shared memory as wgmma reads them and leave through the copy engine:
+// A cluster of at most CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first
+// their column statistics, combined over the cluster through distributed shared memory, then, from L2, the
+// quantization. Tiles are laid out in shared memory as wgmma reads them and leave through the copy engine:
 //   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, 128 keys]: chunk c of channel d at 128 * d + 16 * (c ^ (d & 7)), each 16 keys in pair order.
-// All statistics are combined in a fixed order: the same input gives the same bits.
+// INT8 V has scales per tile and channel: each 16 pairs of channels as 4 x 4, transposed, so that the four channel
+// pairs of one lane of wgmma's fragment stand together. All statistics are combined in a fixed order: the same input
+// gives the same bits.
 #include "integers.cuh"
 #include "prepass_statistics.cuh"
 #include "ptx/bulk.cuh"
@@ -251,10 +253,10 @@ __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[k
     amax[e] = zero ? 0.0f : 1.0f / __uint_as_float(bits[e] << 16);
   }
   if (threadIdx.x < 32) {
+    int pair = channel / 2;  // a multiple of kVWords
+    uint32_t* place = reinterpret_cast<uint32_t*>(scale) + (pair & 48 | pair << 2 & 12 | pair >> 2 & 3);
 #pragma unroll
-    for (int e = 0; e < kVChannels; e += 2) {
-      *reinterpret_cast<uint32_t*>(scale + channel + e) = bits[e] | bits[e + 1] << 16;
-    }
+    for (int i = 0; i < kVWords; ++i) place[4 * i] = bits[2 * i] | bits[2 * i + 1] << 16;
   }
 }
 
@@ -306,26 +308,28 @@ __device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, co
 // flight).
 __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& tile, int first, int last, VOut* v8,
                                            VScaleType* block_scale) {
-  int lane = threadIdx.x % 32;
   TileWriter writer{s, reinterpret_cast<uint8_t*>(v8)};
   int count = 0;
 #pragma unroll 1
   for (int block = last - 1; block >= first; --block, ++count) {
     VTile next;
+    int lane = threadIdx.x % 32, first_row = VTile::first_row();
+    if constexpr (kInt8V)
+      forget(lane), forget(first_row);             // what follows from them would take registers over all tiles
     float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) {
       shift[e] = s.shift[kVChannels * lane + e];
-      inverse[e] = s.inverse[kVChannels * lane + e];
+      if constexpr (!kInt8V) inverse[e] = s.inverse[kVChannels * lane + e];
     }
-    if (!in.vectors) tile.load(in, block * kBlock + VTile::first_row());
-    if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + VTile::first_row());
+    if (!in.vectors) tile.load(in, block * kBlock + first_row);
+    if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + first_row);
     int rows_left = in.rows - block * kBlock;
     bool check = s.head_nonfinite != 0 || rows_left < kBlock;
     if constexpr (kInt8V) {
       float amax[kVChannels];
       if (check) {
-        channel_amax<true>(amax, tile, shift, rows_left - VTile::first_row());
+        channel_amax<true>(amax, tile, shift, rows_left - first_row);
       } else {
         channel_amax<false>(amax, tile, shift, 16);
       }
@@ -335,7 +339,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
     uint8_t* out = writer.exchange(count, block);
     if constexpr (kInt8V) scale_block(s, count & 1, inverse, block_scale + static_cast<int64_t>(block) * kHeadDim);
     if (check) {
-      write_v_tile<true>(out, tile, shift, inverse, rows_left - VTile::first_row());
+      write_v_tile<true>(out, tile, shift, inverse, rows_left - first_row);
     } else {
       write_v_tile<false>(out, tile, shift, inverse, 16);
     }

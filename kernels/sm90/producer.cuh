@@ -11,7 +11,7 @@ namespace sagert {
 // Starts the copy of a block of V, `block` of head `head_kv`, to a stage.
 __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_kv, int block, uint32_t full) {
   mbarrier_arrive_expect(full, kVTileBytes);
-  if constexpr (kIoV) {
+  if constexpr (kV == V::kIo) {
     const int heads = p.heads_q / p.group;
     for (int channel = 0; channel < kHeadDim; channel += kMapWidth) {
       bulk_load_tensor(shared_address(stage + channel * kBlock * 2), p.v_map, channel, block * kBlock, head_kv % heads,
@@ -166,8 +166,8 @@ __device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int in
   for (int r = thread / 4; r < kRows; r += kRowsAtOnce) {
     const uint16_t* row = base + r * p.q_ss;
     const bool inside = tile.row + r < p.seqlen_q;
-    float scale = p.q_vec ? quantize_row(p, s.raw, s.q[slot], r, quad)
-                          : quantize_row_any(p, row, inside, s.q[slot], r, quad);
+    float scale =
+        p.q_vec ? quantize_row(p, s.raw, s.q[slot], r, quad) : quantize_row_any(p, row, inside, s.q[slot], r, quad);
     float shift = 0.f;
     if (p.write_lse) shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, quad);
     if (quad == 0) {
@@ -175,15 +175,15 @@ __device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int in
       s.q_shift[slot][r] = shift;
     }
   }
-  if constexpr (!kIoV) {
+  if constexpr (kV != V::kIo) {
 #pragma unroll 1
     for (int d = thread; d < kHeadDim; d += kQuantizers) {
-      s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
+      if constexpr (kV == V::kFp8) s.v_scale[slot][d] = p.v_scale[int64_t{head_kv} * kHeadDim + d];
       s.v_mean[slot][d] = p.v_mean[int64_t{head_kv} * kHeadDim + d];
     }
   }
   // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
-  const int known = kIoV && !kCausal ? 1 : 2;
+  const int known = kV == V::kIo && !kCausal ? 1 : 2;
   if (thread < 2) s.flags[slot][thread] = thread < known ? p.head_flags[int64_t{head_kv} * 2 + thread] : 0;
   fence_async_shared();
 }

@@ -17,14 +17,23 @@ constexpr int kBlock = 128;                    // keys
 constexpr int kGroups = 2;                     // consumer warpgroups of 64 queries
 constexpr int kRows = 64 * kGroups;            // queries per tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
+// V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
+enum class V { kFp8, kInt8, kIo };
 #if VMAP_TENSORMAP
-constexpr bool kIoV = true;  // V in 16 bits, as the caller has it; P in the same type
+constexpr V kV = V::kIo;
+#elif V8_I8
+constexpr V kV = V::kInt8;
 #else
-constexpr bool kIoV = false;  // V8 and P in e4m3
+constexpr V kV = V::kFp8;
 #endif
-constexpr int kVTileBytes = kIoV ? 2 * kTileBytes : kTileBytes;
-constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
-constexpr int kQuantizers = 96;                // threads that quantize Q
+#if V8_I8
+using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
+#else
+using VScaleType = float;  // of a channel
+#endif
+constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
+constexpr int kMapWidth = 64;    // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
+constexpr int kQuantizers = 96;  // threads that quantize Q
 constexpr int kThreads = 128 * (kGroups + 1);
 
 struct Params {
@@ -35,7 +44,7 @@ struct Params {
   const float* k_shift;
   const int8_t* v8;
   const TensorMap* v_map;
-  const float* v_scale;
+  const VScaleType* v_scale;
   const float* v_mean;
   const int* v_first;
   const int* head_flags;
@@ -88,8 +97,8 @@ struct Shared {
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile to quantize next, in 16 bits
   float q_scale[2][kRows];
   float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
-  float v_scale[2][kIoV ? 1 : kHeadDim];
-  float v_mean[2][kIoV ? 1 : kHeadDim];
+  float v_scale[2][kV == V::kFp8 ? kHeadDim : 1];
+  float v_mean[2][kV == V::kIo ? 1 : kHeadDim];
   int flags[2][2];  // the head's K, V hold an infinity or a NaN
   uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages], full_q[2], empty_q[2];
 };
@@ -116,8 +125,8 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kStride << 32 | kLayout << 62;
 }
 
-// The same for keys of kMapWidth channels of 16 bits, one after the other: channels are contiguous, keys are summed over.
-// What lies further along the channels is a copy of the tensor map later.
+// The same for keys of kMapWidth channels of 16 bits, one after the other: channels are contiguous, keys are summed
+// over. What lies further along the channels is a copy of the tensor map later.
 __device__ __forceinline__ uint64_t descriptor_io(uint32_t address) {
   constexpr uint64_t kNextChannels = kBlock * kMapWidth * 2 >> 4, kNextKeys = 8 * kMapWidth * 2 >> 4, kLayout = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | kNextChannels << 16 | kNextKeys << 32 | kLayout << 62;

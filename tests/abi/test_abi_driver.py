@@ -133,7 +133,7 @@ threads = [threading.Thread(target=work) for _ in range(8)]
 [t.join() for t in threads]
 result = statuses
 """
-    assert stub.run(any_library, code, log=tmp_path / "log") == [abi.OK] * 160
+    assert stub.run(any_library, code, log=tmp_path / "log", STUB_CAPABILITY="89") == [abi.OK] * 160
     assert len(calls(tmp_path / "log", "cuLibraryLoadData")) == 4
     assert len(calls(tmp_path / "log", "cuKernelGetFunction")) == 4
     assert len(calls(tmp_path / "log", "cuDevicePrimaryCtxRetain")) == 1

@@ -85,6 +85,30 @@ __device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t 
 #undef SAGERT_WGMMA_S8
 }
 
+// P V: u8 A (registers), s8 B (K-major), int32 D, K = 32; `accumulate` as in wgmma_s8.
+#define SAGERT_WGMMA_U8S8_AS(constraint, columns, count, a0, a1, a2, a3, b0, flag)                  \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                           \
+               ", 0;\n"                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.u8.s8 {" SAGERT_WGMMA_D##count \
+               "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p;\n}\n"                     \
+               : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate))
+#define SAGERT_WGMMA_U8S8(columns, count, a0, a1, a2, a3, b0, flag)                                \
+  template <int accumulate>                                                                        \
+  __device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[count], const uint32_t* a, uint64_t b) { \
+    if constexpr (accumulate != 0) {                                                               \
+      SAGERT_WGMMA_U8S8_AS(SAGERT_ACC_R, columns, count, a0, a1, a2, a3, b0, flag);                \
+    } else {                                                                                       \
+      SAGERT_WGMMA_U8S8_AS(SAGERT_NEW_R, columns, count, a0, a1, a2, a3, b0, flag);                \
+    }                                                                                              \
+  }
+
+SAGERT_WGMMA_U8S8(64, 32, 32, 33, 34, 35, 36, 37)
+SAGERT_WGMMA_U8S8(128, 64, 64, 65, 66, 67, 68, 69)
+
+#undef SAGERT_WGMMA_U8S8
+#undef SAGERT_WGMMA_U8S8_AS
+
 // D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D is kept with about 14 bits.
 #define SAGERT_WGMMA_E4M3(columns, count, a0, a1, a2, a3, b0, flag)                                       \
   __device__ __forceinline__ void wgmma_e4m3(float (&d)[count], const uint32_t* a, uint64_t b) {          \
@@ -100,15 +124,14 @@ SAGERT_WGMMA_E4M3(64, 32, 32, 33, 34, 35, 36, 37)
 SAGERT_WGMMA_E4M3(128, 64, 64, 65, 66, 67, 68, 69)
 
 // D += P V with 16-bit A (registers) and B (channels contiguous), K = 16.
-#define SAGERT_WGMMA_IO(type, columns, count, a0, a1, a2, a3, b0, flag)                                      \
-  __device__ __forceinline__ void wgmma_##type(float (&d)[count], const uint32_t* a, uint64_t b) {           \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                  \
-                 ", 0;\n"                                                                                    \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type                     \
-                 " {" SAGERT_WGMMA_D##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0             \
-                 ", p, 1, 1, 1;\n}\n"                                                                        \
-                 : SAGERT_WGMMA_OPERANDS##count(SAGERT_ACC_F, d)                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                              \
+#define SAGERT_WGMMA_IO(type, columns, count, a0, a1, a2, a3, b0, flag)                                             \
+  __device__ __forceinline__ void wgmma_##type(float (&d)[count], const uint32_t* a, uint64_t b) {                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                         \
+                 ", 0;\n"                                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." #type "." #type " {" SAGERT_WGMMA_D##count \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1, 1;\n}\n"                          \
+                 : SAGERT_WGMMA_OPERANDS##count(SAGERT_ACC_F, d)                                                    \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                                     \
   }
 
 SAGERT_WGMMA_IO(f16, 64, 32, 32, 33, 34, 35, 36, 37)

@@ -135,9 +135,74 @@ def test_the_wgmma_recipe_is_as_accurate(causal):
     torch.testing.assert_close(lse.double(), exact_lse, atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
+def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim):
+    q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
+    out, lse = reference.attention(q, k, v, precision="int8_int8", family="wgmma")
+    exact, exact_lse = reference.exact_attention(q, k, v)
+    assert reference.error_metrics(out, exact)["relative_l1"] <= 0.0158
+    torch.testing.assert_close(lse.double(), exact_lse, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_integer_pv_is_its_definition(causal):
+    """A weighted mean of the dequantized V, weights being bytes times the exponential of their block's row maximum."""
+    q, k, v = (make(1, 1, 300, 64, seed=seed) for seed in range(3))
+    v = v + torch.arange(64) % 2 * 3
+    out, lse = reference.attention(
+        q, k, v, is_causal=causal, precision="int8_int8", family="wgmma", smooth_k=False, scale=0.5
+    )
+    q8, q_scale = quantize.quantize_rows(q[0, 0].float() * torch.tensor(0.5 * reference.LOG2E), math.nan)
+    k8, k_scale = quantize.quantize_key_groups(k[0].float())
+    scores = (q8.double() @ k8[0].double().T) * q_scale.double() * k_scale[0].double().T
+    if causal:
+        scores = scores.masked_fill(torch.ones(300, 300).triu(1) > 0, -math.inf)
+    mean = quantize.v_mean(v[0].float())
+    assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
+    v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean)
+    numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
+    for block in range(3):
+        keys = slice(128 * block, 128 * block + 128)
+        highest = scores[:, keys].amax(1, keepdim=True)
+        p = torch.round(255 * torch.exp2(scores[:, keys] - highest.clamp(min=-1e30)))
+        weight = torch.exp2(highest)
+        numerator += weight * (p @ v8[0, keys].double()) * v_scale[0, block].double()
+        denominator += weight * p.sum(1, keepdim=True)
+    expected = numerator / denominator + mean[0].double()
+    assert reference.error_metrics(out[0, 0], expected)["relative_l1"] < 0.001
+    expected_lse = torch.log(denominator[:, 0] / 255)
+    torch.testing.assert_close(lse[0, 0].double(), expected_lse, atol=1e-4, rtol=1e-5)
+
+
+def test_integer_pv_of_nonfinite_v():
+    q, k, v = (make(1, 2, 200, 32, seed=seed) for seed in range(3))
+    v[0, 0, 150, 3], v[0, 1, 20, 5] = math.nan, math.inf
+    out, _ = reference.attention(q, k, v, is_causal=True, precision="int8_int8", family="wgmma")
+    exact, _ = reference.exact_attention(q, k, v, is_causal=True)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out == math.inf, exact == math.inf)
+
+
+def test_v_blocks():
+    v = make(1, 200, 16, dtype=torch.float32)
+    v[0, 128:, 3] = 0.0
+    v[0, 7, 2] = math.inf
+    values, scale = quantize.quantize_v_int8(v)
+    assert values.shape == v.shape
+    assert scale.shape == (1, 2, 16)
+    assert torch.equal(scale, scale.bfloat16().float())
+    assert scale[0, 1, 3] == 1
+    assert values[0, 7, 2] == 0
+    assert values.abs().max() <= 127
+    used = scale.repeat_interleave(128, 1)[:, :200]
+    error = (values * used - torch.where(v.isfinite(), v, 0.0)).abs()
+    assert (error <= used / 2 * 1.001).all()
+
+
 def test_a_family_without_reference_is_refused():
     q = make(1, 1, 8, 64)
-    for family, precision in (("wgmma", "int8_fp16"), ("mma", "int8_fp8")):
+    for family, precision in (("wgmma", "nvfp4"), ("portable", "int8_int8"), ("mma", "int8_fp8")):
         with pytest.raises(ValueError, match="portable"):
             reference.attention(q, q, q, precision=precision, family=family)
 

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the consumers share: which scores are a thread's, rings of K and V, masks, row maxima, and the epilogue.
+#pragma once
+
+#include "ptx/wgmma.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLowest = -3.402823466e38f;  // of a row that has seen no key
+constexpr int kMasked = -2147483647 - 1;     // score of a key that a query does not see
+
+struct ConsumerBase {
+  using Scores = int32_t[kBlock / 2];
+
+  const Params& p;
+  Shared& s;
+  Ring<kStages> k, v;             // the blocks that come next
+  uint32_t v_last = kStages - 1;  // stage of the block of V before
+  uint32_t turn = 0;              // tiles taken so far
+  uint64_t q_descriptor;
+  const float* k_scales;
+  float l[2];
+  float o[kHeadDim / 2];
+
+  __device__ __forceinline__ ConsumerBase(const Params& params, Shared& shared) : p(params), s(shared) {}
+
+  // Columns 8 j + 2 quad + {0, 1} and rows row + {0, 8} of the tile are this thread's.
+  static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
+  static __device__ __forceinline__ int row() { return (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4; }
+  static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
+
+  __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[k.stage]); }
+  __device__ __forceinline__ uint32_t full_v() { return shared_address(&s.full_v[v.stage]); }
+  __device__ __forceinline__ bool k_ready() { return mbarrier_try(full_k(), k.parity); }
+  __device__ __forceinline__ bool v_ready() { return mbarrier_try(full_v(), v.parity); }
+  // Scale of this thread's keys of the next block, counting down.
+  __device__ __forceinline__ float next_k_scale() {
+    float scale = __ldg(k_scales);
+    k_scales -= 4;
+    return scale;
+  }
+
+  __device__ __forceinline__ void issue_qk(Scores& scores, bool ready) {
+    if (!ready) mbarrier_wait(full_k(), k.parity);
+    uint64_t b = descriptor<kHeadDim>(shared_address(s.k[k.stage]));
+    wgmma_fence();
+    wgmma_s8<0>(scores, q_descriptor, b);
+#pragma unroll
+    for (int i = 1; i < kHeadDim / 32; ++i) wgmma_s8<1>(scores, q_descriptor + 2 * i, b + 2 * i);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release_k() {
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_k[k.stage]));
+    k.advance();
+  }
+
+  // Takes the next block of V, which then is the one before.
+  __device__ __forceinline__ void take_v(bool ready) {
+    if (!ready) mbarrier_wait(full_v(), v.parity);
+    v_last = v.stage;
+    v.advance();
+  }
+
+  // Gives back the block of V before the present one, the last one of the tile before included.
+  __device__ __forceinline__ void release_v() {
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
+  }
+
+  // Bit 2 j + e: key 8 j + 2 quad + e of a block, for this thread's quad, lies at `limit` or behind it.
+  static __device__ __forceinline__ uint32_t beyond(int limit) {
+    auto below = [&](int e) {  // how many j have their key before the limit
+      return min(max((limit - 2 * quad() - e + 7) >> 3, 0), kBlock / 8);
+    };
+    uint64_t even = (uint64_t{1} << 2 * below(0)) - 1, odd = (uint64_t{1} << 2 * below(1)) - 1;
+    return ~(static_cast<uint32_t>(even) & 0x55555555u | static_cast<uint32_t>(odd) & 0xaaaaaaaau);
+  }
+
+  // Largest of this thread's integer scores of row r.
+  static __device__ __forceinline__ int row_top(const Scores& scores, int r) {
+    int top[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int* x = scores + 32 * half + 2 * r;
+      top[half] = max(x[0], x[1]);
+#pragma unroll
+      for (int i = 4; i < 32; i += 4) top[half] = max(max(top[half], x[i]), x[i + 1]);
+    }
+    return max(top[0], top[1]);
+  }
+
+  // The four threads of a row.
+  static __device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  }
+
+  // This thread's keys of a block that hold an infinity or a NaN, bits as in beyond().
+  __device__ __forceinline__ uint32_t bad_keys(const Tile& tile, int block, bool k_bad) {
+    return k_bad ? p.k_bad[(static_cast<int64_t>(tile.head / p.group) * p.blocks + block) * 4 + quad()] : 0;
+  }
+
+  // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
+  // score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or NaN: that ends the row.
+  __device__ __forceinline__ int mask_row(Scores& scores, int r, const Tile& tile, int block, uint32_t bad,
+                                          bool& undefined) {
+    int limit = p.seqlen_k - block * kBlock;
+    if constexpr (kCausal) {
+      int mine = row();
+      forget(mine);  // the limit would take a register over all blocks
+      limit = min(limit, tile.row + mine + 8 * r + 1 - block * kBlock);
+    }
+    const uint32_t hidden = beyond(limit);
+    undefined = false;
+    int top = kMasked;
+#pragma unroll
+    for (int n = 0; n < kBlock / 4; ++n) {
+      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+      if (bad >> n & ~hidden >> n & 1) undefined = undefined || x >= 0;
+      if ((hidden | bad) >> n & 1) x = kMasked;
+      top = max(top, x);
+    }
+    pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
+    return top;
+  }
+
+  // Brings the visible scores of row r to a coarser scale.
+  static __device__ __forceinline__ void coarsen_row(Scores& scores, int r, float ratio) {
+#pragma unroll
+    for (int n = 0; n < kBlock / 4; ++n) {
+      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+      if (x != kMasked) x = __float2int_rn(static_cast<float>(x) * ratio);
+    }
+  }
+
+  __device__ __forceinline__ void begin(const Tile& tile) {
+    mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
+    q_descriptor = descriptor<kHeadDim>(shared_address(&s.q[turn % 2][row() / 64 * 64 * kHeadDim]));
+    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.blocks - 1) * 4 + quad();
+    l[0] = l[1] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
+  }
+
+  __device__ __forceinline__ void end() {
+    __syncwarp();
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_q[turn % 2]));
+    ++turn;
+  }
+
+  // How many blocks of a tile need masks; they come first.
+  __device__ __forceinline__ int masked_blocks(const Tile& tile, bool k_bad) {
+    const bool ragged = kCausal || tile.blocks * kBlock > p.seqlen_k;
+    return k_bad ? tile.blocks : ragged ? 1 : 0;
+  }
+
+  // `maximum` of each row, which l and O refer to.
+  __device__ __forceinline__ void write(int index, const float (&maximum)[2]) {
+    // Worked out anew: it would take registers in the loop over the keys.
+    forget(index);
+    const Tile tile = tile_at(p, index);
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      l[r] += __shfl_xor_sync(~0u, l[r], 1);
+      l[r] += __shfl_xor_sync(~0u, l[r], 2);
+      inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / l[r];
+      const int query = tile.row + row() + 8 * r;
+      if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
+        p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + query] =
+            kLn2 * (__log2f(l[r]) + maximum[r] + s.q_shift[turn % 2][row() + 8 * r]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
+      if constexpr (kV == V::kFp8) {
+        scale = *reinterpret_cast<const float2*>(&s.v_scale[turn % 2][8 * j + 2 * quad()]);
+      }
+      if constexpr (kV != V::kIo) mean = *reinterpret_cast<const float2*>(&s.v_mean[turn % 2][8 * j + 2 * quad()]);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        o[4 * j + 2 * r] = fmaf(o[4 * j + 2 * r] * inverse[r], scale.x, mean.x);
+        o[4 * j + 2 * r + 1] = fmaf(o[4 * j + 2 * r + 1] * inverse[r], scale.y, mean.y);
+      }
+    }
+    if (s.flags[turn % 2][1] != 0) add_nonfinite(tile);
+    uint16_t* out = p.out + tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int query = tile.row + row() + 8 * r;
+      uint16_t* place = out + query * p.o_ss;
+      if (p.o_vec) {
+        write_row(place, r, query < p.seqlen_q);
+      } else if (query < p.seqlen_q) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 4; ++i) {
+          const int d = 8 * (i / 2) + 2 * quad() + i % 2;
+          if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
+        }
+      }
+    }
+  }
+
+  // Stores row r of this thread. The 4 threads of a row have 2 of each 8 channels: they exchange them until each has 8,
+  // for one store of 16 bytes. In exchange 1 and 2 a thread keeps the halves whose index has its own bit.
+  __device__ __forceinline__ void write_row(uint16_t* place, int r, bool inside) {
+    const bool odd = quad() & 1, upper = quad() & 2;
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = to_io2(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = got;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t got = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
+        (upper ? x[i] : x[i + 2]) = got;
+      }
+      if (inside) *reinterpret_cast<uint4*>(place + 8 * (j + quad())) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+
+  // Infinities and NaN of V were left out of V8: each reaches exactly the rows that see its key.
+  __device__ __forceinline__ void add_nonfinite(const Tile& tile) {
+    const int* first = p.v_first + static_cast<int64_t>(tile.head / p.group) * 2 * kHeadDim + 2 * quad();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      const int d = 8 * (i / 4) + i % 2;
+      int seen = p.seqlen_k - 1;
+      if constexpr (kCausal) seen = min(seen, tile.row + row() + 8 * (i / 2 % 2));
+      if (first[d] <= seen) o[i] += infinity();
+      if (first[kHeadDim + d] <= seen) o[i] -= infinity();
+    }
+  }
+};
+
+}  // namespace sagert
