@@ -36,9 +36,9 @@ struct Consumer {
 
   const Params& p;
   Shared& s;
-  Ring<kStages> k, v;              // the blocks that come next
-  uint32_t v_last = kStages - 1;   // stage of the block of V before
-  uint32_t turn = 0;               // tiles taken so far
+  Ring<kStages> k, v;             // the blocks that come next
+  uint32_t v_last = kStages - 1;  // stage of the block of V before
+  uint32_t turn = 0;              // tiles taken so far
   uint64_t q_descriptor;
   const float* k_scales;
   float l[2];
@@ -301,19 +301,19 @@ struct Consumer {
     return scale;
   }
 
-  // All blocks, from the last one down, the first `masked` with a mask. The first one may hold the causal diagonal or the end of the keys; with keys that
-  // are not finite every block is masked, and one is done after the other. One turn of the inner loop takes two, so that
-  // their scores keep their registers. There is one loop for both kinds because ptxas finds no registers for the
-  // accumulators of two (C7512).
+  // All blocks, from the last one down, the first `masked` with a mask. The first one may hold the causal diagonal or
+  // the end of the keys; with keys that are not finite every block is masked, and one is done after the other. One turn
+  // of the inner loop takes two, so that their scores keep their registers. There is one loop for both kinds because
+  // ptxas finds no registers for the accumulators of two (C7512).
   __device__ __forceinline__ void attend_blocks(const Tile& tile, Scaling& z, int masked, bool k_bad) {
     Scores even, odd;
-    int left = tile.blocks;
+    int left = tile.end - tile.begin;
 #pragma unroll 1
-    do {
+    while (left > 0) {
       float scale = take_scores(even);
       int count = left;
       if (masked > 0) {
-        z = reduce_masked(even, z.b, scale, left - 1, tile, k_bad);
+        z = reduce_masked(even, z.b, scale, tile.begin + left - 1, tile, k_bad);
         --masked;
         if (k_bad) count = 1;
         if (kIoV && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
@@ -334,22 +334,22 @@ struct Consumer {
         }
         step(odd, even, z);
       }
-    } while (left > 0);
+    }
   }
 
   __device__ __forceinline__ void attend(int index) {
     const Tile tile = tile_at(p, index);
     mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
     q_descriptor = descriptor<kHeadDim>(shared_address(&s.q[turn % 2][row() / 64 * 64 * kHeadDim]));
-    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.blocks - 1) * 4 + quad();
+    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.end - 1) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
     Scaling z;
     z.b[0] = z.b[1] = -kLowest;
     const bool k_bad = s.flags[turn % 2][0] != 0;
-    const bool ragged = kCausal || tile.blocks * kBlock > p.seqlen_k;
-    attend_blocks(tile, z, k_bad ? tile.blocks : ragged ? 1 : 0, k_bad);
+    const bool ragged = kCausal ? has_last_keys() : tile.end * kBlock > p.seqlen_k;
+    attend_blocks(tile, z, k_bad ? tile.end - tile.begin : ragged ? 1 : 0, k_bad);
     write(index, z);
     __syncwarp();
     if (leader()) mbarrier_arrive(shared_address(&s.empty_q[turn % 2]));
@@ -367,9 +367,14 @@ struct Consumer {
       l[r] += __shfl_xor_sync(~0u, l[r], 2);
       inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / l[r];
       const int query = tile.row + row() + 8 * r;
-      if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
-        p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + query] =
-            kLn2 * (__log2f(l[r]) - z.b[r] + s.q_shift[turn % 2][row() + 8 * r]);
+      if (quad() == 0 && query < p.seqlen_q) {
+        const int64_t place = static_cast<int64_t>(tile.head) * p.seqlen_q + query;
+        const float lse = __log2f(l[r]) - z.b[r], shift = s.q_shift[turn % 2][row() + 8 * r];
+        if (is_split()) {
+          write_part_lse(place, lse, shift);
+        } else if (p.write_lse) {
+          p.lse[place] = kLn2 * (lse + shift);
+        }
       }
     }
 #pragma unroll
@@ -386,6 +391,10 @@ struct Consumer {
       }
     }
     if (s.flags[turn % 2][1] != 0) add_nonfinite(tile);
+    if (is_split()) {
+      write_part(tile);
+      return;
+    }
     uint16_t* out = p.out + tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -399,6 +408,26 @@ struct Consumer {
           const int d = 8 * (i / 2) + 2 * quad() + i % 2;
           if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
         }
+      }
+    }
+  }
+
+  // In units of the exponent; the last row of the buffer has the shifts, which weigh all parts of a query alike.
+  __device__ __forceinline__ void write_part_lse(int64_t place, float lse, float shift) {
+    const int64_t rows = static_cast<int64_t>(p.heads_total) * p.seqlen_q;
+    p.part_lse[blockIdx.y * rows + place] = lse;
+    if (has_last_keys()) p.part_lse[gridDim.y * rows + place] = shift;
+  }
+
+  __device__ __forceinline__ void write_part(const Tile& tile) {
+    const int64_t first = static_cast<int64_t>(blockIdx.y * p.heads_total + tile.head) * p.seqlen_q + tile.row + row();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float* place = p.part_out + (first + 8 * r) * kHeadDim + 2 * quad();
+      if (tile.row + row() + 8 * r >= p.seqlen_q) continue;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        *reinterpret_cast<float2*>(place + 8 * j) = make_float2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
       }
     }
   }

@@ -23,8 +23,8 @@ constexpr bool kIoV = true;  // V in 16 bits, as the caller has it; P in the sam
 constexpr bool kIoV = false;  // V8 and P in e4m3
 #endif
 constexpr int kVTileBytes = kIoV ? 2 * kTileBytes : kTileBytes;
-constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
-constexpr int kQuantizers = 96;                // threads that quantize Q
+constexpr int kMapWidth = 64;    // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
+constexpr int kQuantizers = 96;  // threads that quantize Q
 constexpr int kThreads = 128 * (kGroups + 1);
 
 struct Params {
@@ -45,13 +45,20 @@ struct Params {
   int seqlen_q, seqlen_k, blocks, heads_q, group, head_dim, head_dim_v, tiles, heads_total, section;
   int64_t q_sb, q_sh, q_ss, q_sd, o_sb, o_sh, o_ss, o_sd;
   bool q_vec, o_vec, write_lse;
+  float* part_out;  // of split keys, in fp32
+  float* part_lse;
 };
+
+// With few tiles the keys of each are split: gridDim.y thread blocks take a range each, combine.cu joins the parts.
+__device__ __forceinline__ bool is_split() { return gridDim.y > 1; }
+__device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == gridDim.y; }
 
 // 128 queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
 struct Tile {
-  int head;    // b * heads_q + h
-  int row;     // first query
-  int blocks;  // of keys that the tile sees
+  int head;   // b * heads_q + h
+  int row;    // first query
+  int begin;  // range of the blocks of keys, of those that the tile sees; a part may have none
+  int end;
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
@@ -69,7 +76,13 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     position = index % p.tiles;
   }
   tile.row = position * kRows;
-  tile.blocks = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  tile.begin = 0;
+  tile.end = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  if (is_split()) {
+    const unsigned blocks = tile.end;
+    tile.begin = static_cast<int>(blocks * blockIdx.y / gridDim.y);
+    tile.end = static_cast<int>(blocks * (blockIdx.y + 1) / gridDim.y);
+  }
   return tile;
 }
 
@@ -116,8 +129,8 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 | kStride << 32 | kLayout << 62;
 }
 
-// The same for keys of kMapWidth channels of 16 bits, one after the other: channels are contiguous, keys are summed over.
-// What lies further along the channels is a copy of the tensor map later.
+// The same for keys of kMapWidth channels of 16 bits, one after the other: channels are contiguous, keys are summed
+// over. What lies further along the channels is a copy of the tensor map later.
 __device__ __forceinline__ uint64_t descriptor_io(uint32_t address) {
   constexpr uint64_t kNextChannels = kBlock * kMapWidth * 2 >> 4, kNextKeys = 8 * kMapWidth * 2 >> 4, kLayout = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | kNextChannels << 16 | kNextKeys << 32 | kLayout << 62;
