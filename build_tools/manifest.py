@@ -17,7 +17,7 @@ from build_tools.errors import ManifestError
 from build_tools.schema import Table, read_toml
 
 SCHEMA = 1
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention")  # host/table.h: Role
+ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")  # host/table.h: Role
 PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3, "int4_fp8": 4, "nvfp4": 5}
 ACCURACIES = {"high": 0, "standard": 1, "low": 2}
 FLAGS = {"causal": 1, "lse": 2, "mask": 4, "dropout": 8, "grad": 16, "no_smooth_k": 32, "varlen": 64}

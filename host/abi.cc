@@ -223,7 +223,7 @@ sagert_status sagert_workspace_size(const sagert_attention_args* args, uint64_t*
     Device& device = Driver::get().device(args->device);
     Selection selection = select_or_fail(request_of(*args), device.info);
     if (is_empty(*args)) return;
-    *bytes = find_family(kRows[selection.row].family).workspace_size(*args, selection.variant);
+    *bytes = find_family(kRows[selection.row].family).workspace_size(device, *args, selection.variant);
   });
 }
 

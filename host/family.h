@@ -17,7 +17,7 @@ class Family {
  public:
   virtual ~Family() = default;
   // Bytes of workspace.
-  virtual uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const = 0;
+  virtual uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const = 0;
   // Enqueues the kernels. The arguments have been checked and the device's context is current.
   virtual void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
                    Phase phase) const = 0;

@@ -44,7 +44,7 @@ std::string pointee(const char* signature, const char* name) {
 }
 
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream, bool after_own, int32_t cluster) {
+            KernelParameters& parameters, void* stream, bool after_own, int32_t cluster, int64_t parts) {
   if (blocks <= 0) return;
   if (cluster == 0) cluster = entry.cluster;
   parameters.hidden(entry.hidden_params);
@@ -67,7 +67,8 @@ void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int
   }
   CUlaunchConfig config{};
   config.gridDimX = static_cast<unsigned int>(blocks);
-  config.gridDimY = config.gridDimZ = 1;
+  config.gridDimY = static_cast<unsigned int>(parts);
+  config.gridDimZ = 1;
   config.blockDimX = static_cast<unsigned int>(entry.threads);
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned int>(entry.shared);

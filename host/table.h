@@ -8,7 +8,14 @@
 namespace sagert {
 
 // The kernels one attention call may launch, in launch order.
-enum Role : int32_t { kKvStats = 0, kQuantizeKv = 1, kQuantizeQ = 2, kAttention = 3, kRoleCount = 4 };
+enum Role : int32_t {
+  kKvStats = 0,
+  kQuantizeKv = 1,
+  kQuantizeQ = 2,
+  kAttention = 3,
+  kCombine = 4,  // joins the parts of split keys; calls whose keys are not split do without it
+  kRoleCount = 5
+};
 
 // One cubin.
 struct KernelEntry {

@@ -16,8 +16,9 @@
 namespace sagert {
 namespace {
 
-constexpr int64_t kKeyPadding = 128;   // K8 and the copy of V end at a multiple of this
-constexpr int64_t kKeysPerPart = 512;  // statistics of K and V are reduced in parts of about this many keys
+constexpr int kRoles = kAttention + 1;  // all but combine
+constexpr int64_t kKeyPadding = 128;    // K8 and the copy of V end at a multiple of this
+constexpr int64_t kKeysPerPart = 512;   // statistics of K and V are reduced in parts of about this many keys
 constexpr int64_t kPartsMax = 32;
 constexpr int64_t kVectorElements = 16;  // what the kernels' vector path needs strides to be multiples of
 constexpr int64_t kDirectStrideMax = int64_t{1} << 24;  // beyond it V is copied
@@ -235,7 +236,11 @@ Traits read_traits(const VariantEntry& variant) {
   args.heads_q = args.heads_kv = 1;
   Plan plan;
   plan.args = &args;
-  for (int role = 0; role < kRoleCount; ++role) {
+  if (variant.kernels[kCombine] >= 0) {
+    traits.defect = concat("row ", kRows[variant.row].id, " has a kernel of the role combine");
+    return traits;
+  }
+  for (int role = 0; role < kRoles; ++role) {
     if (variant.kernels[role] < 0) {
       traits.defect = concat("row ", kRows[variant.row].id, " lacks the kernel of role ", role);
       return traits;
@@ -269,7 +274,7 @@ class Portable : public Family {
     }
   }
 
-  uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const override {
+  uint64_t workspace_size(const Device&, const sagert_attention_args& args, int32_t variant) const override {
     return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).size);
   }
 
@@ -279,11 +284,11 @@ class Portable : public Family {
     Plan plan = make_plan(args, entry, traits(variant));
     check_workspace(args, static_cast<uint64_t>(plan.size));
     // All kernels are made ready before the first is launched: a failure leaves nothing half done.
-    CUkernel kernels[kRoleCount] = {};
-    for (int role = 0; role < kRoleCount; ++role) {
+    CUkernel kernels[kRoles] = {};
+    for (int role = 0; role < kRoles; ++role) {
       if (in_phase(role, phase)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
     }
-    for (int role = 0; role < kRoleCount; ++role) {
+    for (int role = 0; role < kRoles; ++role) {
       if (!in_phase(role, phase)) continue;
       const KernelEntry& kernel = kKernels[entry.kernels[role]];
       KernelParameters parameters;

@@ -25,6 +25,8 @@ constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V th
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
 constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
+constexpr int64_t kBlocksPerPart = 4;                // of keys, at least, where they are split
+constexpr int64_t kPartsMax = 32;
 constexpr int64_t kWord = 4;
 constexpr int64_t kHalf = 2;
 
@@ -34,20 +36,21 @@ enum class Pv { kFp8, kInt8, kIo };
 // What the signatures of a variant's kernels say.
 struct Traits {
   Pv pv = Pv::kFp8;
-  std::string defect;  // not empty: the build and this file disagree
+  bool can_split = false;  // the keys, for combine to join the parts
+  std::string defect;      // not empty: the build and this file disagree
 };
 
 // Everything the kernels are told, worked out once per call.
 struct Plan {
   const sagert_attention_args* args = nullptr;
   Pv pv = Pv::kFp8;
-  int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
+  int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0, parts = 1;
   Strides q{}, k{}, v{}, out{};
   bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
   // Offsets into the workspace.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
-  int64_t tile_counter = 0;
+  int64_t tile_counter = 0, part_out = 0, part_lse = 0;
   int64_t size = 0;
   CUtensorMap v_map{};
 };
@@ -68,6 +71,9 @@ void place_buffers(Plan& plan) {
   plan.v_first = layout.reserve(plan.v_stats, heads * 2 * d * kWord);
   plan.head_flags = layout.reserve(true, heads * 2 * kWord);
   plan.tile_counter = layout.reserve(true, kTileCounterSize * kWord);
+  const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
+  plan.part_out = layout.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
+  plan.part_lse = layout.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
   plan.size = layout.size();
 }
 
@@ -85,7 +91,18 @@ int64_t section_of(const Plan& plan) {
   return std::min(heads_kv * group, plan.heads_q_total);
 }
 
-Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
+// Into how many parts the keys of every tile go: where the tiles are no more than half the multiprocessors, as many as
+// leave each multiprocessor one part at most, so that the parts take a workspace of some 10 MB at most.
+int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
+  const int64_t tiles = plan.tiles * plan.heads_q_total;
+  const bool causal = (plan.args->flags & SAGERT_FLAG_CAUSAL) != 0;
+  const int64_t seen = causal ? std::min(plan.blocks, ceil_div(plan.tiles * tile, kBlock)) : plan.blocks;
+  const int64_t parts = std::min({device.info.multiprocessors / tiles, seen / kBlocksPerPart, kPartsMax});
+  return std::max(parts, int64_t{1});
+}
+
+Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
+               const Traits& traits) {
   Plan plan;
   plan.args = &args;
   plan.pv = traits.pv;
@@ -94,7 +111,9 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   plan.blocks = std::max(ceil_div(args.seqlen_k, kBlock), int64_t{1});
   plan.heads_kv_total = args.batch * args.heads_kv;
   plan.heads_q_total = args.batch * args.heads_q;
-  plan.tiles = ceil_div(args.seqlen_q, kKernels[variant.kernels[kAttention]].tile);
+  const int64_t tile = kKernels[variant.kernels[kAttention]].tile;
+  plan.tiles = ceil_div(args.seqlen_q, tile);
+  if (traits.can_split) plan.parts = parts_of(plan, device, tile);
   plan.section = section_of(plan);
 
   plan.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
@@ -222,30 +241,55 @@ void pass_attention(Sink& sink, const Plan& plan) {
   sink.i32("q_vec", plan.q_vec);
   sink.i32("o_vec", plan.out_vec);
   sink.i32("write_lse", plan.write_lse);
+  sink.pointer("PartOut", at(plan, plan.part_out));
+  sink.pointer("PartLse", at(plan, plan.part_lse));
+}
+
+template <typename Sink>
+void pass_combine(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("PartOut", at(plan, plan.part_out));
+  sink.pointer("PartLse", at(plan, plan.part_lse));
+  sink.pointer("Out", args.out.data);
+  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i32("heads_q", narrow(args.heads_q));
+  sink.i32("heads_total", narrow(plan.heads_q_total));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("parts", narrow(plan.parts));
+  pass_strides(sink, kOutStrides, plan.out);
+  sink.i32("o_vec", plan.out_vec);
+  sink.i32("write_lse", plan.write_lse);
 }
 
 // What is wrong with a kernel's signature; empty when nothing is.
-std::string defect_of(const KernelEntry& entry, const ParameterList& list, Pv pv) {
+std::string defect_of(const KernelEntry& entry, const ParameterList& list) {
   if (!matches_signature(list.text(), entry.signature)) {
     return concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
   }
+  return "";
+}
+
+std::string defect_of(const KernelEntry& entry, const ParameterList& list, Pv pv) {
   if (pv != Pv::kIo && pointee(entry.signature, "VScale") != (pv == Pv::kInt8 ? "bf16" : "fp32")) {
     return concat("kernel ", entry.file, " has scales of V in ", pointee(entry.signature, "VScale"));
   }
-  return "";
+  return defect_of(entry, list);
 }
 
 Traits read_traits(const VariantEntry& variant) {
   Traits traits;
   if (variant.kernels[kQuantizeKv] < 0 || variant.kernels[kAttention] < 0 || variant.kernels[kKvStats] >= 0 ||
       variant.kernels[kQuantizeQ] >= 0) {
-    traits.defect = concat("row ", kRows[variant.row].id, " must have the roles quantize_kv and attention alone");
+    traits.defect =
+        concat("row ", kRows[variant.row].id, " must have the roles quantize_kv, attention and perhaps combine");
     return traits;
   }
   const KernelEntry& quantize = kKernels[variant.kernels[kQuantizeKv]];
   const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
   std::string v = pointee(quantize.signature, "V8");
   traits.pv = v == "fp8e4nv" ? Pv::kFp8 : v == "i8" ? Pv::kInt8 : Pv::kIo;
+  traits.can_split = variant.kernels[kCombine] >= 0;
   sagert_attention_args args{};
   args.heads_q = args.heads_kv = 1;
   Plan plan;
@@ -261,6 +305,13 @@ Traits read_traits(const VariantEntry& variant) {
     traits.defect = concat("kernels ", quantize.file, " and ", attention.file, " have tiles ", quantize.tile, " and ",
                            attention.tile);
   }
+  if (traits.can_split && traits.defect.empty()) {
+    const KernelEntry& combine = kKernels[variant.kernels[kCombine]];
+    ParameterList combine_list;
+    pass_combine(combine_list, plan);
+    traits.defect = defect_of(combine, combine_list);
+    if (traits.defect.empty() && combine.tile <= 0) traits.defect = concat("kernel ", combine.file, " has no tile");
+  }
   return traits;
 }
 
@@ -273,20 +324,22 @@ class Wgmma : public Family {
     }
   }
 
-  uint64_t workspace_size(const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).size);
+  uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
+    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).size);
   }
 
   void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
            Phase phase) const override {
     const VariantEntry& entry = kVariants[variant];
-    Plan plan = make_plan(args, entry, traits(variant));
+    Plan plan = make_plan(device, args, entry, traits(variant));
     check_workspace(args, static_cast<uint64_t>(plan.size));
     bool prepass = (phase & kPrepass) != 0;
     bool attend = (phase & kAttend) != 0;
     // Everything is made ready before the first launch: a failure leaves nothing half done.
     CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
     CUkernel attention = attend ? ready_kernel(driver, device, entry.kernels[kAttention]) : nullptr;
+    bool split = attend && plan.parts > 1;
+    CUkernel combine = split ? ready_kernel(driver, device, entry.kernels[kCombine]) : nullptr;
     if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
     if (prepass) {
       const KernelEntry& kernel = kKernels[entry.kernels[kQuantizeKv]];
@@ -303,7 +356,14 @@ class Wgmma : public Family {
       KernelParameters parameters;
       pass_attention(parameters, plan);
       int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
-      launch(driver, attention, kernel, blocks, parameters, args.stream, prepass);
+      launch(driver, attention, kernel, blocks, parameters, args.stream, prepass, 0, plan.parts);
+    }
+    if (split) {
+      const KernelEntry& kernel = kKernels[entry.kernels[kCombine]];
+      KernelParameters parameters;
+      pass_combine(parameters, plan);
+      int64_t blocks = ceil_div(plan.heads_q_total * args.seqlen_q, kernel.tile);
+      launch(driver, combine, kernel, blocks, parameters, args.stream, true);
     }
   }
 

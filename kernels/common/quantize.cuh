@@ -6,7 +6,7 @@
 #include "ptx/numeric.cuh"
 
 // The build says the 16-bit type by argument; all of a kernel's inputs have the same.
-#if Q_BF16 || K_BF16
+#if Q_BF16 || K_BF16 || OUT_BF16
 #define SAGERT_IO_BF16 1
 #define SAGERT_IO_INFINITY 0x7f80u  // bits of the 16-bit type's exponent
 #else

@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
               uint16_t* Out, float* Lse, int* TileCounter, float scale_log2, int seqlen_q, int seqlen_k, int blocks,
               int heads_q, int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section,
               int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss,
-              int64_t o_sd, int q_vec, int o_vec, int write_lse) {
+              int64_t o_sd, int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse) {
   using namespace sagert;
   extern __shared__ __align__(1024) char raw[];
   // Swizzled tiles must stand on 1024 bytes, which the attribute does not promise for dynamic shared memory.
@@ -39,10 +39,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
 #else
   const TensorMap* v_map = nullptr;
 #endif
-  const Params p = {Q,      K8,        KScale,     KBad,  KShift,      V8,         v_map,      VScale,        VMean,
-                    VFirst, HeadFlags, Out,        Lse,   scale_log2,  seqlen_q,   seqlen_k,   blocks,        heads_q,
-                    group,  head_dim,  head_dim_v, tiles, heads_total, section,    q_sb,       q_sh,          q_ss,
-                    q_sd,   o_sb,      o_sh,       o_ss,  o_sd,        q_vec != 0, o_vec != 0, write_lse != 0};
+  const Params p = {Q,          K8,         KScale,         KBad,     KShift,     V8,         v_map,       VScale,
+                    VMean,      VFirst,     HeadFlags,      Out,      Lse,        scale_log2, seqlen_q,    seqlen_k,
+                    blocks,     heads_q,    group,          head_dim, head_dim_v, tiles,      heads_total, section,
+                    q_sb,       q_sh,       q_ss,           q_sd,     o_sb,       o_sh,       o_ss,        o_sd,
+                    q_vec != 0, o_vec != 0, write_lse != 0, PartOut,  PartLse};
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {
@@ -59,6 +60,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
   }
   __syncthreads();
   wait_for_prerequisites();
+  if (is_split()) launch_dependents();
   // 128 * 40 + 256 * 232 registers: what 384 threads of 168 have.
   if (threadIdx.x < 128) {
     release_registers<40>();

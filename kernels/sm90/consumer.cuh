@@ -222,13 +222,13 @@ struct Consumer : ConsumerBase {
   // ptxas finds no registers for the accumulators of two (C7512).
   __device__ __forceinline__ void attend_blocks(const Tile& tile, Scaling& z, int masked, bool k_bad) {
     Scores even, odd;
-    int left = tile.blocks;
+    int left = tile.end - tile.begin;
 #pragma unroll 1
-    do {
+    while (left > 0) {
       float scale = take_scores(even);
       int count = left;
       if (masked > 0) {
-        z = reduce_masked(even, z.b, scale, left - 1, tile, k_bad);
+        z = reduce_masked(even, z.b, scale, tile.begin + left - 1, tile, k_bad);
         --masked;
         if (k_bad) count = 1;
         if (kV == V::kIo && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
@@ -249,7 +249,7 @@ struct Consumer : ConsumerBase {
         }
         step(odd, even, z);
       }
-    } while (left > 0);
+    }
   }
 
   __device__ __forceinline__ void attend(int index) {

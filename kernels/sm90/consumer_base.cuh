@@ -138,7 +138,7 @@ struct ConsumerBase {
   __device__ __forceinline__ void begin(const Tile& tile) {
     mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
     q_descriptor = descriptor<kHeadDim>(shared_address(&s.q[turn % 2][row() / 64 * 64 * kHeadDim]));
-    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.blocks - 1) * 4 + quad();
+    k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.end - 1) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
@@ -152,8 +152,8 @@ struct ConsumerBase {
 
   // How many blocks of a tile need masks; they come first.
   __device__ __forceinline__ int masked_blocks(const Tile& tile, bool k_bad) {
-    const bool ragged = kCausal || tile.blocks * kBlock > p.seqlen_k;
-    return k_bad ? tile.blocks : ragged ? 1 : 0;
+    const bool ragged = kCausal ? has_last_keys() : tile.end * kBlock > p.seqlen_k;
+    return k_bad ? tile.end - tile.begin : ragged ? 1 : 0;
   }
 
   // `maximum` of each row, which l and O refer to.
@@ -168,9 +168,14 @@ struct ConsumerBase {
       l[r] += __shfl_xor_sync(~0u, l[r], 2);
       inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / l[r];
       const int query = tile.row + row() + 8 * r;
-      if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
-        p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + query] =
-            kLn2 * (__log2f(l[r]) + maximum[r] + s.q_shift[turn % 2][row() + 8 * r]);
+      if (quad() == 0 && query < p.seqlen_q) {
+        const int64_t place = static_cast<int64_t>(tile.head) * p.seqlen_q + query;
+        const float lse = __log2f(l[r]) + maximum[r], shift = s.q_shift[turn % 2][row() + 8 * r];
+        if (is_split()) {
+          write_part_lse(place, lse, shift);
+        } else if (p.write_lse) {
+          p.lse[place] = kLn2 * (lse + shift);
+        }
       }
     }
 #pragma unroll
@@ -187,6 +192,10 @@ struct ConsumerBase {
       }
     }
     if (s.flags[turn % 2][1] != 0) add_nonfinite(tile);
+    if (is_split()) {
+      write_part(tile);
+      return;
+    }
     uint16_t* out = p.out + tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -200,6 +209,26 @@ struct ConsumerBase {
           const int d = 8 * (i / 2) + 2 * quad() + i % 2;
           if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
         }
+      }
+    }
+  }
+
+  // In units of the exponent; the last row of the buffer has the shifts, which weigh all parts of a query alike.
+  __device__ __forceinline__ void write_part_lse(int64_t place, float lse, float shift) {
+    const int64_t rows = static_cast<int64_t>(p.heads_total) * p.seqlen_q;
+    p.part_lse[blockIdx.y * rows + place] = lse;
+    if (has_last_keys()) p.part_lse[gridDim.y * rows + place] = shift;
+  }
+
+  __device__ __forceinline__ void write_part(const Tile& tile) {
+    const int64_t first = static_cast<int64_t>(blockIdx.y * p.heads_total + tile.head) * p.seqlen_q + tile.row + row();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float* place = p.part_out + (first + 8 * r) * kHeadDim + 2 * quad();
+      if (tile.row + row() + 8 * r >= p.seqlen_q) continue;
+#pragma unroll
+      for (int j = 0; j < kHeadDim / 8; ++j) {
+        *reinterpret_cast<float2*>(place + 8 * j) = make_float2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
       }
     }
   }

@@ -150,19 +150,19 @@ struct Consumer : ConsumerBase {
     maximum[0] = maximum[1] = kLowest;
     weight[0] = weight[1] = 0.f;
     const bool k_bad = s.flags[turn % 2][0] != 0;
-    const int masked = tile.blocks - masked_blocks(tile, k_bad);
+    const int masked = tile.end - masked_blocks(tile, k_bad);
     bool ready_k = false, ready_v = false;
 #pragma unroll 1
-    for (int block = tile.blocks - 1; block >= 0; --block) {
+    for (int block = tile.end - 1; block >= tile.begin; --block) {
       const float k_scale = next_k_scale();
       issue_qk(scores, ready_k);
-      if (block < tile.blocks - 1) take_v(ready_v);
+      if (block < tile.end - 1) take_v(ready_v);
       issue_pv();
       wgmma_wait<1>();
       pin(scores);
       release_k();
       // To L1, without registers: they are read when P V is there.
-      const uint4* v_scales = v_scales_at(tile, min(block + 1, tile.blocks - 1));
+      const uint4* v_scales = v_scales_at(tile, min(block + 1, tile.end - 1));
       prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
       Scaling z;
       float next_weight[2];
@@ -191,12 +191,14 @@ struct Consumer : ConsumerBase {
 #pragma unroll
       for (int i = 0; i < kBlock / 8; ++i) weights[i] = scores[i];
     }
-    take_v(ready_v);
-    issue_pv();
-    wgmma_wait<0>();
-    pin(products);
-    pin(weights);
-    add_products(v_scales_at(tile, 0), {1.f, 1.f});
+    if (tile.end > tile.begin) {
+      take_v(ready_v);
+      issue_pv();
+      wgmma_wait<0>();
+      pin(products);
+      pin(weights);
+      add_products(v_scales_at(tile, tile.begin), {1.f, 1.f});
+    }
     write(index, maximum);
     end();
   }

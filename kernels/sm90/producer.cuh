@@ -32,9 +32,10 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   for_each_tile(p, [&](int index) {
     const Tile tile = tile_at(p, index);
     const int head_kv = tile.head / p.group;
-    for (int step = 0; step <= tile.blocks; ++step) {
-      if (step < tile.blocks) {
-        int64_t block = static_cast<int64_t>(head_kv) * p.blocks + tile.blocks - 1 - step;
+    const int blocks = tile.end - tile.begin;
+    for (int step = 0; step <= blocks; ++step) {
+      if (step < blocks) {
+        int64_t block = static_cast<int64_t>(head_kv) * p.blocks + tile.end - 1 - step;
         mbarrier_wait(shared_address(&s.empty_k[k.stage]), k.parity ^ 1);
         uint32_t full = shared_address(&s.full_k[k.stage]);
         mbarrier_arrive_expect(full, kTileBytes);
@@ -45,7 +46,7 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
         const bool last = v.stage == kStages - 1;
         mbarrier_wait(shared_address(&s.empty_v[v.stage]), last ? rounds_of_last & 1 : v.parity ^ 1);
         rounds_of_last += last;
-        load_v(p, s.v[v.stage], head_kv, tile.blocks - step, shared_address(&s.full_v[v.stage]));
+        load_v(p, s.v[v.stage], head_kv, tile.end - step, shared_address(&s.full_v[v.stage]));
         v.advance();
       }
     }

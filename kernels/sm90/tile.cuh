@@ -54,13 +54,20 @@ struct Params {
   int seqlen_q, seqlen_k, blocks, heads_q, group, head_dim, head_dim_v, tiles, heads_total, section;
   int64_t q_sb, q_sh, q_ss, q_sd, o_sb, o_sh, o_ss, o_sd;
   bool q_vec, o_vec, write_lse;
+  float* part_out;  // of split keys, in fp32
+  float* part_lse;
 };
+
+// With few tiles the keys of each are split: gridDim.y thread blocks take a range each, combine.cu joins the parts.
+__device__ __forceinline__ bool is_split() { return gridDim.y > 1; }
+__device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == gridDim.y; }
 
 // 128 queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
 struct Tile {
-  int head;    // b * heads_q + h
-  int row;     // first query
-  int blocks;  // of keys that the tile sees
+  int head;   // b * heads_q + h
+  int row;    // first query
+  int begin;  // range of the blocks of keys, of those that the tile sees; a part may have none
+  int end;
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
@@ -78,7 +85,13 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     position = index % p.tiles;
   }
   tile.row = position * kRows;
-  tile.blocks = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  tile.begin = 0;
+  tile.end = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  if (is_split()) {
+    const unsigned blocks = tile.end;
+    tile.begin = static_cast<int>(blocks * blockIdx.y / gridDim.y);
+    tile.end = static_cast<int>(blocks * (blockIdx.y + 1) / gridDim.y);
+  }
   return tile;
 }
 

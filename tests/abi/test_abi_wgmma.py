@@ -13,6 +13,7 @@ WORKSPACE = 1 << 40
 NAMES = {role: [arg.split(":")[0] for arg in args] for role, args in fake_build.WGMMA_ARGS.items()}
 CLUSTERS = {abi.INT8_FP16: 8, abi.INT8_FP8: 4, abi.INT8_INT8: 16}
 SMS = 132
+SPLITTABLE = (abi.INT8_FP16, abi.INT8_FP8)  # rows with a kernel that joins parts
 
 
 def run(stub, library, tmp_path, function="sagert_attention", driver=12090, **case):
@@ -35,7 +36,7 @@ result = [lib.attention(args, {function!r}), lib.workspace_size(args)[1], lib.er
             "VMap" if name == "V8" and role == "attention" and "int8_fp16" in words[1] else name for name in NAMES[role]
         ]
         assert len(values) == len(names)
-        fields = ("grid", "block", "shared", "stream", "cluster", "dependent")
+        fields = ("grid", "height", "block", "shared", "stream", "cluster", "dependent")
         out[role] = {field: words[words.index(field) + 1] for field in fields} | dict(zip(names, values, strict=True))
     for line in calls(log, "cuTensorMapEncodeTiled"):
         words = line.split()
@@ -59,6 +60,11 @@ def prepass_cluster(jobs, blocks, head_dim, largest):
     wanted = max(ceil(3 * resident, 4 * jobs), ceil(resident * blocks * 128 * head_dim * 2, 40 << 20))
     wanted = min(wanted, blocks, largest)
     return next(size for size in (1, 2, 4, 8, 16) if size >= wanted or 2 * size > largest)
+
+
+def parts_of(precision, tiles, blocks):
+    """Into how many parts the keys of `tiles` tiles go, each of which sees `blocks` blocks of keys."""
+    return max(1, min(SMS // tiles, blocks // 4, 32)) if precision in SPLITTABLE else 1
 
 
 CASES = [
@@ -91,6 +97,9 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     assert attend["tiles"] == ceil(s, 128)
     assert attend["heads_total"] == b * h
     assert int(attend["grid"]) == min(b * h * ceil(s, 128), SMS * (2 if precision == abi.INT8_INT8 else 1))
+    parts = parts_of(precision, b * h * ceil(s, 128), min(blocks, ceil(s, 128)) if causal else blocks)
+    assert (kv["height"], attend["height"]) == ("1", str(parts))
+    assert ("combine" in launches) == (parts > 1)
     kv_bytes = blocks * 128 * dp * (3 if io else 2)
     assert attend["section"] == min(max(1, (24 << 20) // kv_bytes) * 2, b * h)
     assert attend["group"] == 2
@@ -116,11 +125,15 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     if v_jobs:
         sizes["VFirst"] = heads * 2 * dp * 4
     assert all(attend[name] == kv[name] for name in sizes if name in attend)
+    places = {name: kv[name] for name in sizes}
+    if parts > 1:
+        sizes |= {"PartOut": parts * b * h * s * dp * 4, "PartLse": (parts + 1) * b * h * s * 4}
+        places |= {name: attend[name] for name in ("PartOut", "PartLse")}
     end = WORKSPACE
-    for name in sorted(sizes, key=lambda name: kv[name]):
-        assert kv[name] % 256 == 0, name
-        assert kv[name] >= end, name
-        end = kv[name] + sizes[name]
+    for name in sorted(sizes, key=places.__getitem__):
+        assert places[name] % 256 == 0, name
+        assert places[name] >= end, name
+        end = places[name] + sizes[name]
     assert end <= WORKSPACE + launches["workspace"] < end + 256
 
     assert ("map" in launches) == io
@@ -147,6 +160,61 @@ def test_two_steps_are_the_whole(fake_library, stub, tmp_path, precision):
     assert whole["attention"].pop("dependent") == "1"
     assert second.pop("memset") == [str(whole["attention"]["TileCounter"]), "0", "64", "stream", "0x77"]
     assert first | second == whole
+
+
+@pytest.mark.parametrize("precision", CLUSTERS)
+@pytest.mark.parametrize(
+    ("batch", "heads", "seqlen_q", "seqlen_k", "causal", "parts"),
+    [
+        (1, 1, 1, 65536, False, 32),
+        (1, 8, 128, 65536, False, 16),
+        (1, 8, 1024, 65536, False, 2),
+        (1, 66, 128, 65536, False, 2),
+        (1, 67, 128, 65536, False, 1),
+        (2, 4, 128, 1000, False, 2),
+        (1, 1, 128, 1023, False, 2),
+        (1, 1, 128, 896, False, 1),
+        (1, 1, 128, 65536, True, 1),  # one block of keys is all that these queries see
+        (1, 1, 4096, 65536, True, 4),
+        (1, 1, 4096, 1024, True, 2),
+    ],
+)
+def test_keys_of_small_grids_are_split(
+    fake_library, stub, tmp_path, precision, batch, heads, seqlen_q, seqlen_k, causal, parts
+):
+    case = {"batch": batch, "heads_q": heads, "heads_kv": heads, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+    case |= {"precision": precision, "head_dim": 120, "flags": abi.LSE | abi.CAUSAL if causal else 0}
+    launches = run(stub, fake_library, tmp_path, **case)
+    attend = launches["attention"]
+    if precision not in SPLITTABLE:
+        parts = 1
+    tiles = batch * heads * ceil(seqlen_q, 128)
+    assert (int(attend["grid"]), int(attend["height"])) == (min(tiles, SMS), parts)
+    if parts == 1:
+        assert "combine" not in launches
+        return
+    combine = launches["combine"]
+    assert (int(combine["grid"]), combine["height"]) == (ceil(batch * heads * seqlen_q, fake_build.COMBINE_TILE), "1")
+    assert (combine["dependent"], combine["stream"], combine["parts"]) == ("1", "0x77", parts)
+    shared = ["PartOut", "PartLse", "Out", "Lse", "heads_q", "heads_total", "seqlen_q", "head_dim_v", "o_vec"]
+    for name in (*shared, "write_lse", *(f"o_s{axis}" for axis in "bhsd")):
+        assert combine[name] == attend[name], name
+    rows = batch * heads * seqlen_q
+    assert attend["PartLse"] - attend["PartOut"] >= parts * rows * 128 * 4
+    assert WORKSPACE + launches["workspace"] - attend["PartLse"] >= (parts + 1) * rows * 4
+    assert (parts + 1) * rows * 129 * 4 < 14 << 20
+
+
+@pytest.mark.parametrize("precision", SPLITTABLE)
+def test_split_keys_in_two_steps(fake_library, stub, tmp_path, precision):
+    case = {"precision": precision, "flags": abi.LSE, "head_dim": 100, "seqlen_q": 100, "seqlen_k": 9000}
+    whole = run(stub, fake_library, tmp_path, **case)
+    first = run(stub, fake_library, tmp_path, "sagert_quantize", **case)
+    second = run(stub, fake_library, tmp_path, "sagert_attend", **case)
+    assert set(first) == {"quantize_kv", "workspace"}
+    assert set(second) == {"attention", "combine", "workspace", "memset"} | ({"map"} & set(whole))
+    assert second["combine"] == whole["combine"]
+    assert whole["combine"]["dependent"] == "1"
 
 
 @pytest.mark.parametrize(("driver", "dependent"), [(12000, "0"), (12020, "0"), (12030, "1"), (13000, "1")])

@@ -27,7 +27,7 @@ from tests.kit import abi
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention")
+ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")
 FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K
 ANY = (0, 2**63 - 1)
 
@@ -47,9 +47,14 @@ WGMMA_ARGS = {
         Q:*io K8:*i8 KScale:*fp32 KBad:*i32 KShift:*fp32 V8:*pv VScale:*scale VMean:*fp32 VFirst:*i32 HeadFlags:*i32
         Out:*io Lse:*fp32 TileCounter:*i32 scale_log2:fp32 seqlen_q:i32 seqlen_k:i32 blocks:i32 heads_q:i32 group:i32
         head_dim:i32 head_dim_v:i32 tiles:i32 heads_total:i32 section:i32 {_strides("q")} {_strides("o")}
-        q_vec:i32 o_vec:i32 write_lse:i32
+        q_vec:i32 o_vec:i32 write_lse:i32 PartOut:*fp32 PartLse:*fp32
+    """.split(),
+    "combine": f"""
+        PartOut:*fp32 PartLse:*fp32 Out:*io Lse:*fp32 seqlen_q:i32 heads_q:i32 heads_total:i32 head_dim_v:i32 parts:i32
+        {_strides("o")} o_vec:i32 write_lse:i32
     """.split(),
 }
+COMBINE_TILE = 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class FakeRow:
     family: str = "portable"
     cluster: int = 1  # of quantize_kv
     ctas_per_sm: int = 1
+    combine: bool = False  # the keys of small grids can be split
     rank_when: tuple[RankWhen, ...] = ()
 
 
@@ -92,8 +98,8 @@ ROWS = (
     FakeRow("sm90", abi.INT4_FP8, "int4_fp8", 10, 2, 90, 90),
     FakeRow("sm90", abi.INT8_FP8, "int8_fp8_cu13", 80, 1, 90, 90, driver_min=13000),
     FakeRow("sm120", abi.INT8_FP16, "int8_fp16", 100, 0, 120, 121, driver_min=12080),
-    FakeRow("sm100", abi.INT8_FP16, "int8_fp16", 100, 0, 100, 100, family="wgmma", cluster=8),
-    FakeRow("sm100", abi.INT8_FP8, "int8_fp8", 90, 1, 100, 100, family="wgmma", cluster=4),
+    FakeRow("sm100", abi.INT8_FP16, "int8_fp16", 100, 0, 100, 100, family="wgmma", cluster=8, combine=True),
+    FakeRow("sm100", abi.INT8_FP8, "int8_fp8", 90, 1, 100, 100, family="wgmma", cluster=4, combine=True),
     FakeRow(
         "sm100", abi.INT8_INT8, "int8_int8", 80, 1, 100, 100, family="wgmma", cluster=16, ctas_per_sm=2,
         rank_when=(
@@ -136,6 +142,8 @@ def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
     out = {}
     if row.family == "wgmma":
         for role, args in WGMMA_ARGS.items():
+            if role == "combine" and not row.combine:
+                continue
             pairs = [arg.split(":") for arg in args]
             if row.precision == abi.INT8_FP16 and role == "attention":
                 pairs = [["VMap", "tensormap"] if name == "V8" else [name, kind] for name, kind in pairs]
@@ -183,9 +191,11 @@ def build(folder: Path, compiler: list[str]) -> Path:
                         data = f"#{len(kernels):04d} {symbol} ".encode() * 20
                         digest = hashlib.sha256(data)
                         (target / f"{symbol}.cubin").write_bytes(data)
-                        tile = 128 if role == "attention" or wgmma else 64
+                        tile = COMBINE_TILE if role == "combine" else 128 if role == "attention" or wgmma else 64
                         shared = row.shared if role == "attention" else 1024
                         launch = f"{row.cluster}, 1, 0"
+                        if role == "combine":
+                            launch = "1, 1, 1"
                         if role == "attention":
                             launch = f"1, {row.ctas_per_sm}, {int(wgmma)}"
                         uses[role] = len(kernels)

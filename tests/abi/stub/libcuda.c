@@ -324,9 +324,11 @@ API int cuLaunchKernelEx(const launch_config* config, void* function, void** par
     char text[3000];
     const char* name = ((kernel_record*)function)->name;
     format_parameters(name, parameters, text, sizeof(text));
-    note("cuLaunchKernelEx %s grid %u block %u shared %u stream %p context %p cluster %u dependent %d params%s", name,
-         config->grid[0], config->block[0], config->shared, config->stream, t_stack[t_depth - 1], cluster, dependent,
-         text);
+    note(
+        "cuLaunchKernelEx %s grid %u block %u shared %u stream %p context %p cluster %u dependent %d height %u "
+        "params%s",
+        name, config->grid[0], config->block[0], config->shared, config->stream, t_stack[t_depth - 1], cluster,
+        dependent, config->grid[1], text);
   }
   return env_int("STUB_LAUNCH", 0);
 }

@@ -139,6 +139,7 @@ def test_whole_path(cuda: Path, tmp_path: Path) -> None:
         assert [entry["file"] for entry in index["kernels"]] == files
     text = (tmp_path / "table.cc").read_text()
     assert text.count('"tiny_mma", "q:*i32 k:*i32 out:*i32 scale:i32", 0, 32, 1024, 0, 16, 1, 1, 0') == 6
+    assert re.findall(r"\{(-1, -1, -1, \d+, -1)\}", text) == [f"-1, -1, -1, {i}, -1" for i in range(6)]
 
 
 @pytest.fixture
@@ -197,6 +198,10 @@ def test_dependent_launch(cuda: Path) -> None:
     path.write_text(text + '[[row.kernel]]\nuse = "tiny.stats"\nnum_warps = 4\n')
     plan = expand.expand(next(manifest for manifest in load(cuda) if manifest.arch.name == "sm80"))
     assert {(k.role, k.job.dependent_launch) for k in plan.kernels} == {("kv_stats", False), ("attention", True)}
+    templates = cuda / "portable" / "manifest.toml"
+    templates.write_text(templates.read_text().replace('role = "kv_stats"', 'role = "combine"'))
+    with pytest.raises(ManifestError, match=r"kernel 'tiny\.mma': dependent_launch: no kernel of this row runs before"):
+        load(cuda)  # parts are combined after attention
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ TEMPLATE_MISTAKES = [
     (
         'role = "kv_stats"',
         'role = "stats"',
-        r"portable/manifest\.toml: kernel 'tiny\.stats': role = 'stats': allowed: kv_stats",
+        r"portable/manifest\.toml: kernel 'tiny\.stats': role = 'stats': allowed: kv_stats, .*attention, combine",
     ),
     ('Y = "*fp32"', 'Y = "*float"', r"kernel 'tiny\.stats': args = .*Y has type '\*float'; allowed"),
     ('aligned = ["X", "Y"]', 'aligned = ["X", "Z"]', r"aligned = .*'Z' is unknown; allowed: X, Y, n"),
