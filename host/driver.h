@@ -102,7 +102,6 @@ struct CUlaunchConfig {
   X(cuLibraryGetKernel, "cuLibraryGetKernel", (CUkernel*, CUlibrary, const char*))                                     \
   X(cuKernelGetFunction, "cuKernelGetFunction", (CUfunction*, CUkernel))                                               \
   X(cuKernelSetAttribute, "cuKernelSetAttribute", (int, int, CUkernel, CUdevice))                                      \
-  X(cuMemsetD32Async, "cuMemsetD32Async", (CUdeviceptr, unsigned int, size_t, CUstream))                               \
   X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                                  \
     (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int, int, \
      int, int))                                                                                                        \

@@ -16,10 +16,9 @@
 namespace sagert {
 namespace {
 
-constexpr int64_t kBlock = 128;         // keys per block of quantized K and V
-constexpr int64_t kKeyGroups = 4;       // of a block, each with a scale of its own
-constexpr int64_t kVectorElements = 8;  // what the kernels' vector path needs strides to be multiples of
-constexpr int64_t kTileCounterSize = 64;
+constexpr int64_t kBlock = 128;                       // keys per block of quantized K and V
+constexpr int64_t kKeyGroups = 4;                     // of a block, each with a scale of its own
+constexpr int64_t kVectorElements = 8;                // what the kernels' vector path needs strides to be multiples of
 constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
 // The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
@@ -50,7 +49,7 @@ struct Plan {
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
   // Offsets into the workspace.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
-  int64_t tile_counter = 0, part_out = 0, part_lse = 0;
+  int64_t part_out = 0, part_lse = 0;
   int64_t size = 0;
   CUtensorMap v_map{};
 };
@@ -70,7 +69,6 @@ void place_buffers(Plan& plan) {
   plan.v_mean = layout.reserve(quantized_v, heads * d * kWord);
   plan.v_first = layout.reserve(plan.v_stats, heads * 2 * d * kWord);
   plan.head_flags = layout.reserve(true, heads * 2 * kWord);
-  plan.tile_counter = layout.reserve(true, kTileCounterSize * kWord);
   const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
   plan.part_out = layout.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
   plan.part_lse = layout.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
@@ -189,7 +187,6 @@ void pass_quantize_kv(Sink& sink, const Plan& plan) {
   sink.pointer("VMean", at(plan, plan.v_mean));
   sink.pointer("VFirst", at(plan, plan.v_first));
   sink.pointer("HeadFlags", at(plan, plan.head_flags));
-  sink.pointer("TileCounter", at(plan, plan.tile_counter));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("blocks", narrow(plan.blocks));
   sink.i32("heads_kv", narrow(args.heads_kv));
@@ -224,7 +221,6 @@ void pass_attention(Sink& sink, const Plan& plan) {
   sink.pointer("HeadFlags", at(plan, plan.head_flags));
   sink.pointer("Out", args.out.data);
   sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
-  sink.pointer("TileCounter", at(plan, plan.tile_counter));
   sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
   sink.i32("seqlen_q", narrow(args.seqlen_q));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
@@ -350,8 +346,6 @@ class Wgmma : public Family {
       launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
     }
     if (attend) {
-      // The pre-pass sets the counter of tiles back; where attention is repeated without it, that is done here.
-      if (!prepass) reset_tile_counter(driver, plan);
       const KernelEntry& kernel = kKernels[entry.kernels[kAttention]];
       KernelParameters parameters;
       pass_attention(parameters, plan);
@@ -368,13 +362,6 @@ class Wgmma : public Family {
   }
 
  private:
-  static void reset_tile_counter(const Driver& driver, const Plan& plan) {
-    auto address = static_cast<CUdeviceptr>(reinterpret_cast<uintptr_t>(at(plan, plan.tile_counter)));
-    driver.check(driver.api().cuMemsetD32Async(address, 0, static_cast<size_t>(kTileCounterSize),
-                                               static_cast<CUstream>(plan.args->stream)),
-                 "setting the counter of tiles back");
-  }
-
   const Traits& traits(int32_t variant) const {
     const Traits& traits = traits_[static_cast<size_t>(variant)];
     if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);

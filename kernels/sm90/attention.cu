@@ -25,10 +25,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
               const int8_t* V8,
 #endif
               const sagert::VScaleType* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
-              uint16_t* Out, float* Lse, int* TileCounter, float scale_log2, int seqlen_q, int seqlen_k, int blocks,
-              int heads_q, int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section,
-              int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss,
-              int64_t o_sd, int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse) {
+              uint16_t* Out, float* Lse, float scale_log2, int seqlen_q, int seqlen_k, int blocks, int heads_q,
+              int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section, int64_t q_sb,
+              int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss, int64_t o_sd,
+              int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse) {
   using namespace sagert;
   extern __shared__ __align__(1024) char raw[];
   // Swizzled tiles must stand on 1024 bytes, which the attribute does not promise for dynamic shared memory.

@@ -469,17 +469,16 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
 
 }  // namespace sagert
 
-// Grid: one cluster of at most CLUSTER blocks per job; B * Hk jobs, twice as many with v_jobs. TileCounter: 64 zeros.
+// Grid: one cluster of at most CLUSTER blocks per job; B * Hk jobs, twice as many with v_jobs.
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
     quantize_kv(const uint16_t* K, const uint16_t* V, int8_t* K8, float* KScale, int* KBad, float* KShift,
-                sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags,
-                int* TileCounter, int seqlen_k, int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k,
-                int v_jobs, int copy_v, int v_stats, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd,
-                int64_t v_sb, int64_t v_sh, int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
+                sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k,
+                int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k, int v_jobs, int copy_v,
+                int v_stats, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd, int64_t v_sb, int64_t v_sh,
+                int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
   using namespace sagert;
   __shared__ Shared s;
   launch_dependents();
-  if (blockIdx.x == 0 && threadIdx.x < 64) TileCounter[threadIdx.x] = 0;
 
   const int cluster = static_cast<int>(cluster_size());
   int job = blockIdx.x / cluster;

@@ -45,8 +45,6 @@ result = [lib.attention(args, {function!r}), lib.workspace_size(args)[1], lib.er
             name: [int(word) for word in words[words.index(name) + 1 : words.index(name) + 1 + count]]
             for name, count in spans
         } | {"number": int(words[1])}
-    for line in calls(log, "cuMemsetD32Async"):
-        out["memset"] = line.split()[1:]
     return out
 
 
@@ -116,7 +114,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     heads = b * hk
     sizes = {
         "K8": heads * blocks * 128 * dp, "KScale": heads * blocks * 16, "KBad": heads * blocks * 16,
-        "KShift": heads * dp * 4, "HeadFlags": heads * 8, "TileCounter": 256,
+        "KShift": heads * dp * 4, "HeadFlags": heads * 8,
     }  # fmt: skip
     if not io:
         sizes |= {"V8": heads * blocks * 128 * dp, "VMean": heads * dp * 4, "VScale": heads * dp * 4}
@@ -150,7 +148,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
 
 @pytest.mark.parametrize("precision", CLUSTERS)
 def test_two_steps_are_the_whole(fake_library, stub, tmp_path, precision):
-    """Alone, attention waits for nothing of its own and sets the tile counter back."""
+    """Alone, attention waits for nothing of its own."""
     case = {"precision": precision, "flags": abi.LSE, "head_dim": 100}
     whole = run(stub, fake_library, tmp_path, **case)
     first = run(stub, fake_library, tmp_path, "sagert_quantize", **case)
@@ -158,7 +156,6 @@ def test_two_steps_are_the_whole(fake_library, stub, tmp_path, precision):
     assert set(first) == {"quantize_kv", "workspace"}
     assert second["attention"].pop("dependent") == "0"
     assert whole["attention"].pop("dependent") == "1"
-    assert second.pop("memset") == [str(whole["attention"]["TileCounter"]), "0", "64", "stream", "0x77"]
     assert first | second == whole
 
 
@@ -212,7 +209,7 @@ def test_split_keys_in_two_steps(fake_library, stub, tmp_path, precision):
     first = run(stub, fake_library, tmp_path, "sagert_quantize", **case)
     second = run(stub, fake_library, tmp_path, "sagert_attend", **case)
     assert set(first) == {"quantize_kv", "workspace"}
-    assert set(second) == {"attention", "combine", "workspace", "memset"} | ({"map"} & set(whole))
+    assert set(second) == {"attention", "combine", "workspace"} | ({"map"} & set(whole))
     assert second["combine"] == whole["combine"]
     assert whole["combine"]["dependent"] == "1"
 
@@ -232,16 +229,15 @@ def test_large_clusters_are_allowed_once(fake_library, stub, tmp_path, precision
     assert all("quantize_kv" in line for line in lines)
 
 
-@pytest.mark.parametrize("where", ["TENSOR_MAP", "MEMSET"])
-def test_driver_errors(fake_library, stub, tmp_path, where):
+def test_driver_errors(fake_library, stub, tmp_path):
     code = f"""
 args = abi.attention_args(precision={abi.INT8_FP16})
 result = [lib.attention(args, "sagert_attend"), lib.error()]
 """
     log = tmp_path / "log"
-    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, **{f"STUB_{where}": 719})
+    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, STUB_TENSOR_MAP=719)
     assert status == abi.CUDA
-    assert ("tensor map of V" if where == "TENSOR_MAP" else "counter of tiles") in text
+    assert "tensor map of V" in text
     assert not calls(log, "cuLaunchKernelEx")
 
 

@@ -17,8 +17,8 @@ HEADS = 8
 NORMAL_MAX = {"int8_fp16": 0.0114 * 1.05, "int8_int8": 0.0158}
 RECIPE_MAX = {"int8_fp8": 1.03}  # times the error of SageAttention2's recipe with FP8 P V, on every distribution
 MORE_ACCURATE = (("int8_int8", "int8_fp8"),)  # the first of each pair, on every distribution
-# Except here. Bytes of P span a factor of 255: in the block of keys that holds an attention sink the other keys round to
-# 0, where e4m3 still has them.
+# Except here. Bytes of P span a factor of 255: in the block of keys that holds an attention sink the other keys round
+# to 0, where e4m3 still has them.
 BEYOND_BYTES = {("sink", "int8_int8")}
 
 

@@ -17,6 +17,12 @@ from sagert import reference
 AGAINST_REFERENCE = {"int8_fp16": 0.006, "int8_fp8": 0.02, "int8_int8": 0.01}
 
 
+def is_split(case: Case, device: torch.device) -> bool:
+    """Whether a family that splits the keys of small grids may do so here: 128 queries and 4 x 128 keys at least."""
+    tiles = case.batch * case.heads * -(-case.seqlen_q // 128)
+    return 2 * tiles <= torch.cuda.get_device_properties(device).multi_processor_count and case.seqlen_k > 7 * 128
+
+
 def reference_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, precision: str) -> torch.Tensor:
     row = sagert.explain(q, k, v, is_causal=causal, precision=precision, return_lse=True).row
     assert row is not None
@@ -37,6 +43,8 @@ def test_generated_shape(
         record.add("shapes", precision, **point, against_reference=near)
         check_errors(point, precision, tolerance[precision])
         bound = AGAINST_REFERENCE.get(precision, 0.02) * (1 if case.outputs >= 4096 else 3)
+        if is_split(case, device):  # each part rounds P beside a maximum of its own
+            bound = max(bound, tolerance[precision])
         assert near <= bound, f"{precision}, {case}: relative L1 {near:.5f} against the reference"
 
 

@@ -2,7 +2,7 @@
 /* A driver without a GPU, steered by environment variables:
  *   STUB_DRIVER       CUDA version (12090)
  *   STUB_CAPABILITY   one capability per device, separated by commas ("90")
- *   STUB_INIT, STUB_RETAIN, STUB_LOAD, STUB_GET_KERNEL, STUB_FUNCTION, STUB_ATTRIBUTE, STUB_TENSOR_MAP, STUB_MEMSET,
+ *   STUB_INIT, STUB_RETAIN, STUB_LOAD, STUB_GET_KERNEL, STUB_FUNCTION, STUB_ATTRIBUTE, STUB_TENSOR_MAP,
  *                     STUB_LAUNCH   errors to return
  *   STUB_FAIL_ONCE    if set, STUB_LOAD applies to the first load only
  *   STUB_LOG          file that receives one line per call
@@ -270,13 +270,6 @@ static void format_parameters(const char* symbol, void** parameters, char* out, 
     break;
   }
   if (file != NULL) fclose(file);
-}
-
-API int cuMemsetD32Async(unsigned long long address, unsigned value, size_t count, void* stream) {
-  REQUIRE_INIT();
-  if (t_depth == 0) return 201;
-  note("cuMemsetD32Async %llu %u %zu stream %p", address, value, count, stream);
-  return env_int("STUB_MEMSET", 0);
 }
 
 API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
