@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of the sm90 wgmma family: INT8 Q K^T with wgmma, online softmax in base 2 (FlashAttention-2, arXiv
-// 2307.08691), P in e4m3 with the factor 448 in its exponent (SageAttention2, arXiv 2411.10958), FP8 P V with wgmma.
+// 2307.08691). P V is with wgmma too: of V in FP8 with P in e4m3 and the factor 448 in its exponent (SageAttention2,
+// arXiv 2411.10958); of V in 16 bits, as the caller has it, with P in the same type; of V in INT8 in integers.
 //
 // A block is one producer warpgroup and two consumer warpgroups of 64 queries, and stays for many tiles. A consumer
 // holds the scores of two blocks of keys: Q K^T of the next block runs under the exponentials of the present one, P V
-// of the present one under those of the next. With V in INT8 P V is in integers: consumer_int8.cuh.
+// of the present one under those of the next (consumer.cuh). The integers of INT8 V leave room for the scores of one
+// block (consumer_int8.cuh). With few tiles combine.cu joins what attention made of parts of the keys.
 // docs/performance/sm90.md has the budget and the measurements.
 #if V8_I8
 #include "consumer_int8.cuh"
