@@ -117,9 +117,7 @@ def main() -> int:
         sys.stderr.write("benchmarks/attention.py needs a CUDA device that torch can use\n")
         return 1
 
-    shapes = args.shapes or [
-        parse_shape(s) for s in ("4,32,1024", "4,32,4096", "4,32,8192", "4,32,16384", "2,32,32768")
-    ]
+    shapes = args.shapes or [parse_shape(s) for s in SHAPES]
     rounds = args.rounds
     if args.quick:
         shapes, rounds = shapes[:2], 3

@@ -17,7 +17,6 @@ namespace sagert {
 // Names and values of the driver's own API.
 using CUresult = int;
 using CUdevice = int;
-using CUdeviceptr = unsigned long long;
 using CUcontext = struct CUctx_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;

@@ -31,6 +31,29 @@ inline bool has_aligned_rows(const sagert_tensor& tensor, const Strides& strides
          strides.h % elements == 0 && strides.s % elements == 0;
 }
 
+// How Q, K, V and the output lie in memory, and which of them the kernels may read or write by vectors: rows that are
+// full, contiguous and aligned, at strides that are multiples of `elements`.
+struct Operands {
+  Strides q{}, k{}, v{}, out{};
+  bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
+};
+
+inline Operands operands_of(const sagert_attention_args& args, int64_t padded_head_dim, int64_t elements) {
+  Operands x;
+  x.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
+  x.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
+  x.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
+  x.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
+  auto is_vector = [&](const sagert_tensor& tensor, const Strides& strides, int64_t head_dim) {
+    return has_aligned_rows(tensor, strides, elements) && head_dim == padded_head_dim;
+  };
+  x.q_vec = is_vector(args.q, x.q, args.head_dim);
+  x.k_vec = is_vector(args.k, x.k, args.head_dim);
+  x.v_vec = is_vector(args.v, x.v, args.head_dim_v);
+  x.out_vec = is_vector(args.out, x.out, args.head_dim_v);
+  return x;
+}
+
 // Hands out the workspace.
 class Layout {
  public:

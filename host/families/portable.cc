@@ -30,17 +30,10 @@ struct Traits {
   std::string defect;  // not empty: the build and this file disagree
 };
 
-// Rows are full, contiguous and aligned: the kernels may use 16-byte accesses.
-bool is_vector(const sagert_tensor& tensor, const Strides& strides, int64_t head_dim, int64_t padded_head_dim) {
-  return has_aligned_rows(tensor, strides, kVectorElements) && head_dim == padded_head_dim;
-}
-
 // Everything the kernels are told, worked out once per call.
-struct Plan {
+struct Plan : Operands {
   const sagert_attention_args* args = nullptr;
   int64_t padded_head_dim = 0, seqlen_pad = 0, heads_kv_total = 0, heads_q_total = 0, parts = 0, part_rows = 0;
-  Strides q{}, k{}, v{}, out{};
-  bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
   bool smooth_k = false, write_lse = false, shift_lse = false, copy_v = false, direct_v = false;
   // Offsets into the workspace; 0 for buffers that are not needed, whose pointers the kernels leave alone.
   int64_t k_sum = 0, v_amax = 0, v_bad = 0, k_shift = 0, k8 = 0, k_scale = 0, v_out = 0, v_scale = 0, v_first = 0;
@@ -83,14 +76,7 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   plan.part_rows = std::max(round_up(ceil_div(args.seqlen_k, plan.parts), 64), int64_t{64});
   plan.parts = std::max(ceil_div(args.seqlen_k, plan.part_rows), int64_t{1});
 
-  plan.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
-  plan.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
-  plan.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
-  plan.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
-  plan.q_vec = is_vector(args.q, plan.q, args.head_dim, d);
-  plan.k_vec = is_vector(args.k, plan.k, args.head_dim, d);
-  plan.v_vec = is_vector(args.v, plan.v, args.head_dim_v, d);
-  plan.out_vec = is_vector(args.out, plan.out, args.head_dim_v, d);
+  static_cast<Operands&>(plan) = operands_of(args, d, kVectorElements);
 
   plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;

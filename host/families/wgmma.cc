@@ -40,12 +40,10 @@ struct Traits {
 };
 
 // Everything the kernels are told, worked out once per call.
-struct Plan {
+struct Plan : Operands {
   const sagert_attention_args* args = nullptr;
   Pv pv = Pv::kFp8;
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0, parts = 1;
-  Strides q{}, k{}, v{}, out{};
-  bool q_vec = false, k_vec = false, v_vec = false, out_vec = false;
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
   // Offsets into the workspace.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
@@ -114,14 +112,7 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
   if (traits.can_split) plan.parts = parts_of(plan, device, tile);
   plan.section = section_of(plan);
 
-  plan.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
-  plan.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
-  plan.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
-  plan.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
-  plan.q_vec = has_aligned_rows(args.q, plan.q, kVectorElements) && args.head_dim == d;
-  plan.k_vec = has_aligned_rows(args.k, plan.k, kVectorElements) && args.head_dim == d;
-  plan.v_vec = has_aligned_rows(args.v, plan.v, kVectorElements) && args.head_dim_v == d;
-  plan.out_vec = has_aligned_rows(args.out, plan.out, kVectorElements) && args.head_dim_v == d;
+  static_cast<Operands&>(plan) = operands_of(args, d, kVectorElements);
 
   plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;

@@ -126,14 +126,6 @@ struct Consumer : ConsumerBase {
     if (__any_sync(~0u, !(sum[0] + sum[1] + sum[2] + sum[3] < 1e37f))) __nanosleep(1);
   }
 
-  // After P V of the block before: brings O to the present maximum.
-  __device__ __forceinline__ void rescale(const Scaling& z) {
-    if (__any_sync(~0u, z.alpha[0] != 1.f || z.alpha[1] != 1.f)) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= z.alpha[i / 2 % 2];
-    }
-  }
-
   __device__ __forceinline__ void add(const Scaling& z, const float (&sum)[4]) {
     l[0] = fmaf(l[0], z.alpha[0], sum[0] + sum[1]);
     l[1] = fmaf(l[1], z.alpha[1], sum[2] + sum[3]);
@@ -150,7 +142,7 @@ struct Consumer : ConsumerBase {
     pin(o);
     pin_first<kWeights>(next);
     release_v();
-    rescale(z);
+    rescale(z.alpha);
     issue_qk(next, ready);
     exponentiate<kFirstCut, kSecondCut>(scores, z, sum);
     hold(sum);
@@ -175,7 +167,7 @@ struct Consumer : ConsumerBase {
     pin(o);
     pin_first<kWeights>(previous);
     release_v();
-    rescale(z);
+    rescale(z.alpha);
     add(z, sum);
     pack(scores);
     pin_first<kWeights>(scores);

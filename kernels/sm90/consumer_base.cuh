@@ -69,6 +69,14 @@ struct ConsumerBase {
     if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
   }
 
+  // After P V of the block before: brings O to the present maximum.
+  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
+    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
+    }
+  }
+
   // Bit 2 j + e: key 8 j + 2 quad + e of a block, for this thread's quad, lies at `limit` or behind it.
   static __device__ __forceinline__ uint32_t beyond(int limit) {
     auto below = [&](int e) {  // how many j have their key before the limit

@@ -51,10 +51,7 @@ struct Consumer : ConsumerBase {
 
   // Adds the products, each row's with its own weight, to O at the maximum that alpha leads to.
   __device__ __forceinline__ void add_products(const uint4* scales, const float (&alpha)[2]) {
-    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
-    }
+    rescale(alpha);
 #pragma unroll
     for (int j = 0; j < kHeadDim / 32; ++j) {
       const uint4 four = __ldg(scales + 4 * j + quad());

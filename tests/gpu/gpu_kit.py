@@ -227,3 +227,39 @@ def check_errors(point: dict[str, Any], precision: str, tolerance: float) -> Non
     error, lse_error = point["relative_l1"], point["lse_error"]
     assert error <= allowed(tolerance, point["outputs"]), f"{context}: relative L1 {error:.5f}"
     assert lse_error <= LSE_ERROR_MAX, f"{context}: LSE off by {lse_error:.4f}"
+
+
+def check_placement(
+    length: int,
+    name: str,
+    where: list[tuple[int, ...]],
+    value: float,
+    dtype: torch.dtype,
+    causal: bool,
+    served: list[str],
+    tolerance: dict[str, float],
+    device: torch.device,
+) -> None:
+    """Puts `value` at indices `where` of Q, K or V of `length` tokens; AssertionError where NaN or Inf appear elsewhere
+    than in exact attention, or the rest is beyond the row's tolerance."""
+    generator = torch.Generator(device=device).manual_seed(7)
+    tensors = {
+        n: torch.randn(1, h, length, 64, generator=generator, device=device).to(dtype)
+        for n, h in (("q", 4), ("k", 2), ("v", 2))
+    }
+    if name == "k":
+        # A query value that INT8 rounds to 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear.
+        channel = tensors["q"][..., where[0][3]]
+        channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
+    for index in where:
+        tensors[name][index] = value
+    want, _ = exact(tensors["q"], tensors["k"], tensors["v"], causal)
+    for precision in served:
+        out = torch.full_like(tensors["q"], 0.5)
+        sagert.attention(*tensors.values(), is_causal=causal, enable_gqa=True, precision=precision, out=out)
+        assert torch.equal(torch.isnan(out), torch.isnan(want)), f"{precision}: NaN elsewhere than in exact attention"
+        assert torch.equal(torch.isinf(out), torch.isinf(want)), f"{precision}: Inf elsewhere than in exact attention"
+        infinite = torch.isinf(want)
+        assert torch.equal(out[infinite].double(), want[infinite]), f"{precision}: sign of Inf"
+        finite = torch.isfinite(want)
+        assert relative_l1(out[finite], want[finite]) <= 1.5 * tolerance[precision], precision

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_kit import exact, relative_l1
+from gpu_kit import check_placement, exact, relative_l1
 
 import sagert
 
@@ -37,27 +37,7 @@ def test_placement(
     tolerance: dict[str, float],
     device: torch.device,
 ) -> None:
-    generator = torch.Generator(device=device).manual_seed(7)
-    tensors = {
-        n: torch.randn(1, h, 200, 64, generator=generator, device=device).to(dtype)
-        for n, h in (("q", 4), ("k", 2), ("v", 2))
-    }
-    if name == "k":
-        # A query value that INT8 rounds to 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear.
-        channel = tensors["q"][..., where[0][3]]
-        channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
-    for index in where:
-        tensors[name][index] = value
-    want, _ = exact(tensors["q"], tensors["k"], tensors["v"], causal)
-    for precision in served:
-        out = torch.full_like(tensors["q"], 0.5)
-        sagert.attention(*tensors.values(), is_causal=causal, enable_gqa=True, precision=precision, out=out)
-        assert torch.equal(torch.isnan(out), torch.isnan(want)), f"{precision}: NaN elsewhere than in exact attention"
-        assert torch.equal(torch.isinf(out), torch.isinf(want)), f"{precision}: Inf elsewhere than in exact attention"
-        infinite = torch.isinf(want)
-        assert torch.equal(out[infinite].double(), want[infinite]), f"{precision}: sign of Inf"
-        finite = torch.isfinite(want)
-        assert relative_l1(out[finite], want[finite]) <= 1.5 * tolerance[precision], precision
+    check_placement(200, name, where, value, dtype, causal, served, tolerance, device)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 60000.0])
