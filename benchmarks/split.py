@@ -43,15 +43,15 @@ class SplitAttention:
             codes.FLAG_CAUSAL if causal else 0,
             device,
         )
-        self._args = ctypes.create_string_buffer(native.ARGS.size)
-        native.ARGS.pack_into(self._args, 0, native.ARGS.size, *sizes, *tensors, 0, 0, 0, *tail)
+        self._args = ctypes.create_string_buffer(native.ARGS_SIZE)
+        native.ARGS.pack_into(self._args, 0, native.ARGS_SIZE, *sizes, *tensors, 0, 0, 0, *tail)
         self._address = ctypes.addressof(self._args)
         needed = ctypes.c_uint64()
         native.check(self._library.sagert_workspace_size(self._address, ctypes.addressof(needed)))
         workspace = torch.empty(needed.value, dtype=torch.uint8, device=q.device)
         self._keep.append(workspace)
         native.ARGS.pack_into(
-            self._args, 0, native.ARGS.size, *sizes, *tensors, 0, workspace.data_ptr(), needed.value, *tail
+            self._args, 0, native.ARGS_SIZE, *sizes, *tensors, 0, workspace.data_ptr(), needed.value, *tail
         )
 
     def quantize(self) -> None:

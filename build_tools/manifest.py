@@ -20,7 +20,10 @@ SCHEMA = 1
 ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")  # host/table.h: Role
 PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3, "int4_fp8": 4, "nvfp4": 5}
 ACCURACIES = {"high": 0, "standard": 1, "low": 2}
-FLAGS = {"causal": 1, "lse": 2, "mask": 4, "dropout": 8, "grad": 16, "no_smooth_k": 32, "varlen": 64}
+FLAGS = {
+    "causal": 1, "lse": 2, "mask": 4, "dropout": 8, "grad": 16, "no_smooth_k": 32, "varlen": 64, "window": 128,
+    "bottom_right": 256, "quantized_kv": 512,
+}  # fmt: skip
 DTYPES = {"fp16": 1, "bf16": 2}
 SCALARS = ("i1", "i8", "i16", "i32", "i64", "fp32", "fp64")
 POINTEES = (*SCALARS, "u8", "fp16", "bf16", "fp8e4nv", "fp8e5")

@@ -39,6 +39,9 @@ constexpr FlagText kFlagTexts[] = {
     {"grad", "has no backward pass", "call it where gradients are off (torch.no_grad)"},
     {"no_smooth_k", "always smooths K", "leave smooth_k on"},
     {"varlen", "takes no packed sequences", "pass padded sequences of equal length"},
+    {"window", "has no sliding window", "drop the window"},
+    {"bottom_right", "aligns causal queries at the top left only", "use the top-left alignment"},
+    {"quantized_kv", "takes no keys and values quantized before", "pass k and v themselves"},
 };
 
 std::string range_text(const RowEntry& row) {
@@ -98,6 +101,9 @@ Reason describe_one(uint32_t bit, const RowEntry& row, const sagert_request& req
               concat("was not built for head_dim ", request.head_dim, ", ", dtype_name(request.dtype),
                      (request.flags & SAGERT_FLAG_CAUSAL) != 0 ? ", causal" : ", not causal"),
               ""};
+    case kRow:
+      return {"row", concat("is not the row asked for, ", request.row <= kRowCount ? kRows[request.row - 1].id : "?"),
+              ""};
     default:
       for (uint32_t i = 0; i < sizeof(kFlagTexts) / sizeof(kFlagTexts[0]); ++i) {
         if (bit == 1u << (kFlagShift + i)) return {kFlagTexts[i].code, kFlagTexts[i].text, kFlagTexts[i].remedy};
@@ -128,6 +134,7 @@ uint32_t broken_constraints(const RowEntry& row, int32_t row_index, const sagert
   uint32_t broken = 0;
   if (!in_range(device.capability, row.capability_min, row.capability_max)) broken |= kCapability;
   if (device.driver_version < row.driver_min) broken |= kDriverVersion;
+  if (request.row != 0 && request.row - 1 != row_index) broken |= kRow;
   if (request.precision == SAGERT_PRECISION_AUTO) {
     if (row.accuracy != SAGERT_ACCURACY_HIGH && row.accuracy != SAGERT_ACCURACY_STANDARD) broken |= kAccuracy;
   } else if (request.precision != row.precision) {

@@ -23,6 +23,7 @@ enum Constraint : uint32_t {
   kSeqlen = 1u << 7,
   kGrid = 1u << 8,
   kVariant = 1u << 9,
+  kRow = 1u << 10,
   kFlagShift = 16,  // bit (16 + n) stands for SAGERT_FLAG bit n
 };
 

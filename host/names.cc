@@ -32,6 +32,8 @@ const char* dtype_name(int32_t dtype) {
       return "bf16";
     case SAGERT_DTYPE_FP32:
       return "fp32";
+    case SAGERT_DTYPE_BOOL:
+      return "bool";
     default:
       return nullptr;
   }
@@ -49,7 +51,8 @@ const char* accuracy_name(int32_t accuracy) {
 }
 
 std::vector<const char*> flag_names(uint32_t flags) {
-  constexpr const char* kNames[] = {"causal", "lse", "mask", "dropout", "grad", "no_smooth_k", "varlen"};
+  constexpr const char* kNames[] = {"causal",      "lse",    "mask",   "dropout",      "grad",
+                                    "no_smooth_k", "varlen", "window", "bottom_right", "quantized_kv"};
   std::vector<const char*> names;
   for (uint32_t bit = 0; bit < sizeof(kNames) / sizeof(kNames[0]); ++bit) {
     if ((flags >> bit & 1u) != 0) names.push_back(kNames[bit]);

@@ -9,7 +9,7 @@
 
 namespace sagert {
 
-constexpr uint32_t kAllFlags = 127;  // every SAGERT_FLAG_*
+constexpr uint32_t kAllFlags = 1023;  // every SAGERT_FLAG_*
 
 const char* precision_name(int32_t precision);  // null when unknown
 const char* dtype_name(int32_t dtype);          // null when unknown

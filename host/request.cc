@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "names.h"
+#include "table.h"
 
 namespace sagert {
 namespace {
@@ -44,7 +45,7 @@ void check_sizes(const sagert_request& request) {
 
 void check_content(const sagert_request& request) {
   check_sizes(request);
-  if (dtype_name(request.dtype) == nullptr) {
+  if (request.dtype < SAGERT_DTYPE_FP16 || request.dtype > SAGERT_DTYPE_FP32) {
     fail_argument("dtype is ", request.dtype, ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3)");
   }
   if (precision_name(request.precision) == nullptr) {
@@ -54,6 +55,18 @@ void check_content(const sagert_request& request) {
   if ((request.flags & ~kAllFlags) != 0) {
     fail_argument("flags is ", request.flags,
                   ", which has bits that this library does not know: ", request.flags & ~kAllFlags);
+  }
+  if ((request.flags & SAGERT_FLAG_MASK) != 0 && dtype_name(request.mask_dtype) == nullptr) {
+    fail_argument("mask_dtype is ", request.mask_dtype,
+                  ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3), _BOOL (4)");
+  }
+  if ((request.flags & SAGERT_FLAG_WINDOW) != 0) {
+    if (request.window_left < -1) fail_argument("window_left is ", request.window_left, "; it must be at least -1");
+    if (request.window_right < -1) fail_argument("window_right is ", request.window_right, "; it must be at least -1");
+  }
+  if (request.row < 0 || request.row > kRowCount) {
+    fail_argument("row is ", request.row, "; it must be 0, or 1 more than the index of one of the ", kRowCount,
+                  " rows");
   }
 }
 
@@ -127,6 +140,10 @@ sagert_request request_of(const sagert_attention_args& args) {
   request.dtype = args.dtype;
   request.precision = args.precision;
   request.flags = args.flags;
+  request.mask_dtype = args.mask_dtype;
+  request.window_left = args.window_left;
+  request.window_right = args.window_right;
+  request.row = args.row;
   return request;
 }
 

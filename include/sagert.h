@@ -44,7 +44,8 @@ enum {
   SAGERT_ERROR_INTERNAL = 7          /* a bug in libsagert */
 };
 
-enum { SAGERT_DTYPE_FP16 = 1, SAGERT_DTYPE_BF16 = 2, SAGERT_DTYPE_FP32 = 3 };
+/* BOOL is a byte, 0 or not; only a mask may be of it. */
+enum { SAGERT_DTYPE_FP16 = 1, SAGERT_DTYPE_BF16 = 2, SAGERT_DTYPE_FP32 = 3, SAGERT_DTYPE_BOOL = 4 };
 
 /* Number format of Q K^T, then of P V. AUTO chooses among rows of accuracy class high and standard. */
 enum {
@@ -60,13 +61,16 @@ enum { SAGERT_ACCURACY_HIGH = 0, SAGERT_ACCURACY_STANDARD = 1, SAGERT_ACCURACY_L
 
 /* What a request asks for beyond plain attention. */
 enum {
-  SAGERT_FLAG_CAUSAL = 1,       /* query i sees keys 0..i (top-left aligned) */
-  SAGERT_FLAG_LSE = 2,          /* write the natural-log log-sum-exp of the scaled scores */
-  SAGERT_FLAG_MASK = 4,         /* an additive or boolean mask */
-  SAGERT_FLAG_DROPOUT = 8,      /* dropout probability above 0 */
-  SAGERT_FLAG_GRAD = 16,        /* the result must be differentiable */
-  SAGERT_FLAG_NO_SMOOTH_K = 32, /* quantize K as it is, without subtracting its mean */
-  SAGERT_FLAG_VARLEN = 64       /* packed sequences with cumulative lengths */
+  SAGERT_FLAG_CAUSAL = 1,         /* query i sees keys 0..i */
+  SAGERT_FLAG_LSE = 2,            /* write the natural-log log-sum-exp of the scaled scores */
+  SAGERT_FLAG_MASK = 4,           /* an additive or boolean mask */
+  SAGERT_FLAG_DROPOUT = 8,        /* dropout probability above 0 */
+  SAGERT_FLAG_GRAD = 16,          /* the result must be differentiable */
+  SAGERT_FLAG_NO_SMOOTH_K = 32,   /* quantize K as it is, without subtracting its mean */
+  SAGERT_FLAG_VARLEN = 64,        /* packed sequences with cumulative lengths */
+  SAGERT_FLAG_WINDOW = 128,       /* query i sees keys i - window_left .. i + window_right */
+  SAGERT_FLAG_BOTTOM_RIGHT = 256, /* in CAUSAL and WINDOW, query i stands at key i + Sk - S instead of at key i */
+  SAGERT_FLAG_QUANTIZED_KV = 512  /* K and V come from sagert_quantize_kv, in args.kv */
 };
 
 /* What is asked, without data: enough to choose a row. */
@@ -79,10 +83,14 @@ typedef struct sagert_request {
   int64_t seqlen_k;
   int64_t head_dim;
   int64_t head_dim_v;
-  int32_t dtype;     /* of Q, K, V and the output */
-  int32_t precision; /* SAGERT_PRECISION_* */
-  uint32_t flags;    /* SAGERT_FLAG_* */
-  uint32_t reserved; /* 0 */
+  int32_t dtype;        /* of Q, K, V and the output */
+  int32_t precision;    /* SAGERT_PRECISION_* */
+  uint32_t flags;       /* SAGERT_FLAG_* */
+  int32_t mask_dtype;   /* SAGERT_DTYPE_*, BOOL included; read only with FLAG_MASK */
+  int64_t window_left;  /* keys before the query's own it sees, -1 for all; read only with FLAG_WINDOW */
+  int64_t window_right; /* keys after it, -1 for all */
+  int32_t row;          /* 0: the registry chooses; n: row n - 1 or none, as sagert_selection.row + 1 gives it */
+  uint32_t reserved;    /* 0 */
 } sagert_request;
 
 /* A device, real (sagert_device_get) or described by the caller. */
@@ -165,6 +173,24 @@ typedef struct sagert_attention_args {
   int32_t precision;
   uint32_t flags;
   int32_t device; /* CUDA ordinal */
+
+  /* FLAG_MASK: [B, H, S, Sk], any strides, 0 included. BOOL: not 0 attends. Otherwise added to the scaled scores. */
+  sagert_tensor mask;
+  int32_t mask_dtype;
+  int32_t row; /* as in sagert_request */
+  /* FLAG_WINDOW: as in sagert_request. */
+  int64_t window_left;
+  int64_t window_right;
+  /* FLAG_VARLEN: int32 [batch + 1] in device memory, ascending from 0. batch counts sequences, seqlen_q and seqlen_k
+   * are the longest ones; q, k, v, out are packed along the sequence (stride[0] is not read), total_q and total_k
+   * elements of it; lse is [H, total_q]. */
+  const void* cu_seqlens_q;
+  const void* cu_seqlens_k;
+  int64_t total_q;
+  int64_t total_k;
+  /* What sagert_quantize_kv wrote and FLAG_QUANTIZED_KV reads: device memory, 256-byte aligned. */
+  void* kv;
+  uint64_t kv_size;
 } sagert_attention_args;
 
 SAGERT_API const char* sagert_version(void);

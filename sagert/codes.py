@@ -17,6 +17,7 @@ PRECISION_NAMES: dict[int, str] = {code: name for name, code in PRECISIONS.items
 
 DTYPES: dict[str, int] = {"float16": 1, "bfloat16": 2, "float32": 3}
 DTYPE_NAMES: dict[int, str] = {code: name for name, code in DTYPES.items()}
+MASK_DTYPES: dict[str, int] = {**DTYPES, "bool": 4}
 _DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 ACCURACY_NAMES: dict[int, str] = {0: "high", 1: "standard", 2: "low"}
@@ -28,6 +29,9 @@ FLAG_DROPOUT = 8
 FLAG_GRAD = 16
 FLAG_NO_SMOOTH_K = 32
 FLAG_VARLEN = 64
+FLAG_WINDOW = 128
+FLAG_BOTTOM_RIGHT = 256
+FLAG_QUANTIZED_KV = 512
 FLAG_NAMES: dict[int, str] = {
     FLAG_CAUSAL: "causal",
     FLAG_LSE: "lse",
@@ -36,6 +40,9 @@ FLAG_NAMES: dict[int, str] = {
     FLAG_GRAD: "grad",
     FLAG_NO_SMOOTH_K: "no_smooth_k",
     FLAG_VARLEN: "varlen",
+    FLAG_WINDOW: "window",
+    FLAG_BOTTOM_RIGHT: "bottom_right",
+    FLAG_QUANTIZED_KV: "quantized_kv",
 }
 
 
@@ -57,6 +64,17 @@ def dtype_code(dtype: object) -> int:
         return DTYPES[name]
     except KeyError:
         raise InvalidArgumentError(f"dtype={dtype!s} is not served: use torch.float16 or torch.bfloat16") from None
+
+
+def mask_dtype_code(dtype: object) -> int:
+    """Number of a mask's dtype: bool, or an additive mask's float type."""
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return MASK_DTYPES[name]
+    except KeyError:
+        raise InvalidArgumentError(
+            f"attn_mask has dtype {dtype!s}: give torch.bool, torch.float16, torch.bfloat16 or torch.float32"
+        ) from None
 
 
 def flag_names(flags: int) -> tuple[str, ...]:

@@ -51,6 +51,10 @@ class Request(Sized):
         ("dtype", ctypes.c_int32),
         ("precision", ctypes.c_int32),
         ("flags", ctypes.c_uint32),
+        ("mask_dtype", ctypes.c_int32),
+        ("window_left", ctypes.c_int64),
+        ("window_right", ctypes.c_int64),
+        ("row", ctypes.c_int32),
         ("reserved", ctypes.c_uint32),
     ]
 
@@ -109,8 +113,11 @@ class SelectionStruct(Sized):
 
 
 # sagert_attention_args: struct_size, 7 sizes, 4 tensors of (data, 4 strides), lse, workspace, workspace_size, stream,
-# scale, dtype, precision, flags, device.
+# scale, dtype, precision, flags, device. FEATURES follow, which plain calls leave 0: mask, mask_dtype, row,
+# window_left, window_right, cu_seqlens_q, cu_seqlens_k, total_q, total_k, kv, kv_size.
 ARGS = struct.Struct("=Q7q" + "Q4q" * 4 + "4Qd2iIi")
+FEATURES = struct.Struct("=Q4q2i2q2Q2q2Q")
+ARGS_SIZE = ARGS.size + FEATURES.size
 WORKSPACE = struct.Struct("=2Q")
 WORKSPACE_OFFSET = 8 + 7 * 8 + 4 * 40 + 8
 
@@ -119,7 +126,7 @@ class CallBuffer(threading.local):
     """One sagert_attention_args and one result word per thread."""
 
     def __init__(self) -> None:
-        self.args = ctypes.create_string_buffer(ARGS.size)
+        self.args = ctypes.create_string_buffer(ARGS_SIZE)
         self.address = ctypes.addressof(self.args)
         self.bytes = ctypes.c_uint64()
         self.bytes_address = ctypes.addressof(self.bytes)

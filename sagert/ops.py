@@ -88,7 +88,7 @@ def _run_cuda(
     call = native.CALL
     address = call.address
     native.ARGS.pack_into(
-        call.args, 0, native.ARGS.size,
+        call.args, 0, native.ARGS_SIZE,
         b, h, k.shape[1], s, k.shape[2], d, v.shape[3],
         q.data_ptr(), *q.stride(), k.data_ptr(), *k.stride(), v.data_ptr(), *v.stride(), out.data_ptr(), *out.stride(),
         0 if lse is None else lse.data_ptr(), 0, 0, _stream(index), scale, dtype, precision, flags, index,

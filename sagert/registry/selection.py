@@ -152,5 +152,6 @@ def explain(
         dtype=codes.dtype_code(dtype),
         precision=codes.precision_code(precision),
         flags=flags,
+        mask_dtype=codes.mask_dtype_code(getattr(attn_mask, "dtype", "bool")) if flags & codes.FLAG_MASK else 0,
     )
     return ask(request, _device(device, q).to_native())

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, NO_DRIVER, INTEGRITY, CUDA, OUT_OF_MEMORY, INTERNAL = range(8)
-FP16, BF16, FP32 = 1, 2, 3
+FP16, BF16, FP32, BOOL = 1, 2, 3, 4
 AUTO, INT8_FP16, INT8_FP8, INT8_INT8, INT4_FP8, NVFP4 = range(6)
-CAUSAL, LSE, MASK, DROPOUT, GRAD, NO_SMOOTH_K, VARLEN = (1 << i for i in range(7))
+CAUSAL, LSE, MASK, DROPOUT, GRAD, NO_SMOOTH_K, VARLEN, WINDOW, BOTTOM_RIGHT, QUANTIZED_KV = (1 << i for i in range(10))
 
 
 class _Sized(ctypes.Structure):
@@ -24,7 +24,8 @@ class Request(_Sized):
     _fields_ = [
         ("struct_size", c_uint64), ("batch", c_int64), ("heads_q", c_int64), ("heads_kv", c_int64),
         ("seqlen_q", c_int64), ("seqlen_k", c_int64), ("head_dim", c_int64), ("head_dim_v", c_int64),
-        ("dtype", c_int32), ("precision", c_int32), ("flags", c_uint32), ("reserved", c_uint32),
+        ("dtype", c_int32), ("precision", c_int32), ("flags", c_uint32), ("mask_dtype", c_int32),
+        ("window_left", c_int64), ("window_right", c_int64), ("row", c_int32), ("reserved", c_uint32),
     ]  # fmt: skip
 
 
@@ -66,7 +67,9 @@ class AttentionArgs(_Sized):
         ("seqlen_q", c_int64), ("seqlen_k", c_int64), ("head_dim", c_int64), ("head_dim_v", c_int64),
         ("q", Tensor), ("k", Tensor), ("v", Tensor), ("out", Tensor), ("lse", c_void_p), ("workspace", c_void_p),
         ("workspace_size", c_uint64), ("stream", c_void_p), ("scale", c_double), ("dtype", c_int32),
-        ("precision", c_int32), ("flags", c_uint32), ("device", c_int32),
+        ("precision", c_int32), ("flags", c_uint32), ("device", c_int32), ("mask", Tensor), ("mask_dtype", c_int32),
+        ("row", c_int32), ("window_left", c_int64), ("window_right", c_int64), ("cu_seqlens_q", c_void_p),
+        ("cu_seqlens_k", c_void_p), ("total_q", c_int64), ("total_k", c_int64), ("kv", c_void_p), ("kv_size", c_uint64),
     ]  # fmt: skip
 
 

@@ -30,10 +30,13 @@ REFUSED = {  # request, code of the reason that every row on the device has
     "dv larger": ({"head_dim": 64, "head_dim_v": 96}, "head_dim_v", "pad head_dim to 96"),
     "queries": ({"seqlen_q": 8388609}, "seqlen_q", "split the queries"),
     "keys": ({"seqlen_k": 8388609}, "seqlen_k", "at most 8388608 keys"),
-    "mask": ({"flags": abi.MASK}, "mask", "drop attn_mask"),
+    "mask": ({"flags": abi.MASK, "mask_dtype": abi.BOOL}, "mask", "drop attn_mask"),
     "dropout": ({"flags": abi.DROPOUT}, "dropout", "set dropout_p to 0"),
     "grad": ({"flags": abi.GRAD}, "grad", "no_grad"),
     "varlen": ({"flags": abi.VARLEN}, "varlen", "padded"),
+    "window": ({"flags": abi.WINDOW}, "window", "drop the window"),
+    "bottom right": ({"flags": abi.CAUSAL | abi.BOTTOM_RIGHT}, "bottom_right", "top-left"),
+    "quantized": ({"flags": abi.QUANTIZED_KV}, "quantized_kv", "pass k and v"),
     "grid": ({"batch": 1 << 31}, "grid", "split the batch"),
 }
 
