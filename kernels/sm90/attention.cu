@@ -50,8 +50,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(shared_address(&s.full_k[i]), 1);
-      mbarrier_init(shared_address(&s.full_v[i]), 1);
       mbarrier_init(shared_address(&s.empty_k[i]), kConsumerWarps);
+    }
+    for (int i = 0; i < kStagesV; ++i) {
+      mbarrier_init(shared_address(&s.full_v[i]), 1);
       mbarrier_init(shared_address(&s.empty_v[i]), kConsumerWarps);
     }
     for (int i = 0; i < 2; ++i) {
@@ -63,13 +65,12 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
   __syncthreads();
   wait_for_prerequisites();
   if (is_split()) launch_dependents();
-  // 128 * 40 + 256 * 232 registers: what 384 threads of 168 have.
   if (threadIdx.x < 128) {
-    release_registers<40>();
+    release_registers<kProducerRegisters>();
     if (threadIdx.x == 0) feed_keys(p, s);
     if (threadIdx.x >= 32) feed_queries(p, s);
   } else {
-    claim_registers<232>();
+    claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
     for_each_tile(p, [&](int index) { consumer.attend(index); });
   }

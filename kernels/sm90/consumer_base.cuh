@@ -16,9 +16,9 @@ struct ConsumerBase {
 
   const Params& p;
   Shared& s;
-  Ring<kStages> k, v;             // the blocks that come next
-  uint32_t v_last = kStages - 1;  // stage of the block of V before
-  uint32_t turn = 0;              // tiles taken so far
+  Ring<kStages> k;  // the blocks that come next
+  Ring<kStagesV> v;
+  uint32_t turn = 0;  // tiles taken so far
   uint64_t q_descriptor;
   const float* k_scales;
   float l[2];
@@ -29,6 +29,8 @@ struct ConsumerBase {
   // Columns 8 j + 2 quad + {0, 1} and rows row + {0, 8} of the tile are this thread's.
   static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
   static __device__ __forceinline__ int row() { return (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4; }
+  // The same in all lanes, and known to be.
+  static __device__ __forceinline__ int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128 - 1, 0); }
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
 
   __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[k.stage]); }
@@ -57,19 +59,21 @@ struct ConsumerBase {
     k.advance();
   }
 
-  // Takes the next block of V, which then is the one before.
-  __device__ __forceinline__ void take_v(bool ready) {
-    if (!ready) mbarrier_wait(full_v(), v.parity);
-    v_last = v.stage;
+  __device__ __forceinline__ void release_v() {
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v.stage]));
     v.advance();
   }
 
-  // Gives back the block of V before the present one, the last one of the tile before included.
-  __device__ __forceinline__ void release_v() {
-    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
+  // A block that the other warpgroups see.
+  __device__ __forceinline__ void skip_block() {
+    mbarrier_wait(full_k(), k.parity);
+    release_k();
+    k_scales -= 4;
+    mbarrier_wait(full_v(), v.parity);
+    release_v();
   }
 
-  // After P V of the block before: brings O to the present maximum.
+  // Brings O, to which all blocks before have been added, to the present maximum.
   __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
     if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
 #pragma unroll
@@ -152,16 +156,28 @@ struct ConsumerBase {
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
   }
 
-  __device__ __forceinline__ void end() {
+  __device__ __forceinline__ void end_tile() {
     __syncwarp();
     if (leader()) mbarrier_arrive(shared_address(&s.empty_q[turn % 2]));
     ++turn;
   }
 
-  // How many blocks of a tile need masks; they come first.
-  __device__ __forceinline__ int masked_blocks(const Tile& tile, bool k_bad) {
-    const bool ragged = kCausal ? has_last_keys() : tile.end * kBlock > p.seqlen_k;
-    return k_bad ? tile.end - tile.begin : ragged ? 1 : 0;
+  // The end of the blocks that this warpgroup's queries see, were there no parts.
+  __device__ __forceinline__ int end_of_keys(const Tile& tile) {
+    const int last = tile.row + warpgroup() * 64 + 63;  // query
+    return kCausal ? min(p.blocks, last / kBlock + 1) : p.blocks;
+  }
+
+  // The end of those in this part; none are left for queries behind the last one.
+  __device__ __forceinline__ int end_of_warpgroup(const Tile& tile) {
+    if (tile.row + warpgroup() * 64 >= p.seqlen_q) return tile.begin;
+    return max(min(tile.end, end_of_keys(tile)), tile.begin);
+  }
+
+  // How many of the blocks up to `end` need masks; they come first.
+  __device__ __forceinline__ int masked_blocks(const Tile& tile, int end, bool k_bad) {
+    const bool ragged = kCausal ? end == end_of_keys(tile) : end * kBlock > p.seqlen_k;
+    return k_bad ? end - tile.begin : ragged ? 1 : 0;
   }
 
   // `maximum` of each row, which l and O refer to.

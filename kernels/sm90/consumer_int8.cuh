@@ -30,7 +30,21 @@ struct Consumer : ConsumerBase {
   float maximum[2];             // so far, which l and O refer to
   float weight[2];              // of the block before: its bytes' unit, relative to the maximum so far
 
+  uint32_t v_last = kStagesV - 1;  // stage of the block of V before
+
   using ConsumerBase::ConsumerBase;
+
+  // Takes the next block of V, which then is the one before.
+  __device__ __forceinline__ void take_v(bool ready) {
+    if (!ready) mbarrier_wait(full_v(), v.parity);
+    v_last = v.stage;
+    v.advance();
+  }
+
+  // Gives back the block of V before the present one, the last one of the tile before included.
+  __device__ __forceinline__ void give_back_v() {
+    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
+  }
 
   // P V of the block taken last.
   __device__ __forceinline__ void issue_pv() {
@@ -147,7 +161,7 @@ struct Consumer : ConsumerBase {
     maximum[0] = maximum[1] = kLowest;
     weight[0] = weight[1] = 0.f;
     const bool k_bad = s.flags[turn % 2][0] != 0;
-    const int masked = tile.end - masked_blocks(tile, k_bad);
+    const int masked = tile.end - masked_blocks(tile, tile.end, k_bad);
     bool ready_k = false, ready_v = false;
 #pragma unroll 1
     for (int block = tile.end - 1; block >= tile.begin; --block) {
@@ -178,7 +192,7 @@ struct Consumer : ConsumerBase {
       pin(products);
       pin(weights);
       add_products(v_scales, z.alpha);
-      release_v();
+      give_back_v();
       ready_v = v_ready();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -197,7 +211,7 @@ struct Consumer : ConsumerBase {
       add_products(v_scales_at(tile, tile.begin), {1.f, 1.f});
     }
     write(index, maximum);
-    end();
+    end_tile();
   }
 };
 

@@ -25,14 +25,13 @@ __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_
 
 // Keeps the stages of K and V full. K runs one block ahead, as the consumers do.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
-  Ring<kStages> k, v;
-  // Consumers give a block of V back when they are at the next one, and before the first one "give back" a block -1,
-  // which counts as a round of the last stage.
-  uint32_t rounds_of_last = 0;
+  Ring<kStages> k;
+  Ring<kStagesV> v;
   for_each_tile(p, [&](int index) {
     const Tile tile = tile_at(p, index);
     const int head_kv = tile.head / p.group;
     const int blocks = tile.end - tile.begin;
+#pragma unroll 1
     for (int step = 0; step <= blocks; ++step) {
       if (step < blocks) {
         int64_t block = static_cast<int64_t>(head_kv) * p.blocks + tile.end - 1 - step;
@@ -43,9 +42,10 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
         k.advance();
       }
       if (step > 0) {
-        const bool last = v.stage == kStages - 1;
-        mbarrier_wait(shared_address(&s.empty_v[v.stage]), last ? rounds_of_last & 1 : v.parity ^ 1);
-        rounds_of_last += last;
+        // Consumers of V in INT8 give a block back when they are at the next one, and before the first one "give
+        // back" a block -1, which counts as a round of the last stage.
+        const bool early = kV == V::kInt8 && v.stage == kStagesV - 1;
+        mbarrier_wait(shared_address(&s.empty_v[v.stage]), early ? v.parity : v.parity ^ 1);
         load_v(p, s.v[v.stage], head_kv, tile.end - step, shared_address(&s.full_v[v.stage]));
         v.advance();
       }
@@ -158,22 +158,30 @@ __device__ __forceinline__ float shift_of_row(const Params& p, const uint16_t* r
 
 // Quantizes the queries of a tile into a slot, and brings what its epilogue needs.
 __device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int index, int slot, int thread) {
-  const Tile tile = tile_at(p, index);
-  const int quad = thread % 4;
-  const int head_kv = tile.head / p.group;
-  const uint16_t* base = queries_of(p, tile);
   async_copy_wait();
+  // One loop for each matter: together they would take more registers than there are.
 #pragma unroll 1
   for (int r = thread / 4; r < kRows; r += kRowsAtOnce) {
-    const uint16_t* row = base + r * p.q_ss;
-    const bool inside = tile.row + r < p.seqlen_q;
-    float scale =
-        p.q_vec ? quantize_row(p, s.raw, s.q[slot], r, quad) : quantize_row_any(p, row, inside, s.q[slot], r, quad);
-    float shift = 0.f;
-    if (p.write_lse) shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, quad);
-    if (quad == 0) {
-      s.q_scale[slot][r] = scale;
-      s.q_shift[slot][r] = shift;
+    float scale;
+    if (p.q_vec) {
+      scale = quantize_row(p, s.raw, s.q[slot], r, thread % 4);
+    } else {
+      const Tile tile = tile_at(p, index);
+      const bool inside = tile.row + r < p.seqlen_q;
+      scale = quantize_row_any(p, queries_of(p, tile) + r * p.q_ss, inside, s.q[slot], r, thread % 4);
+    }
+    if (thread % 4 == 0) s.q_scale[slot][r] = scale;
+  }
+  forget(index);
+  const Tile tile = tile_at(p, index);
+  const int head_kv = tile.head / p.group;
+  if (p.write_lse) {
+#pragma unroll 1
+    for (int r = thread / 4; r < kRows; r += kRowsAtOnce) {
+      const bool inside = tile.row + r < p.seqlen_q;
+      const uint16_t* row = queries_of(p, tile) + r * p.q_ss;
+      const float shift = shift_of_row(p, row, inside, p.k_shift + int64_t{head_kv} * kHeadDim, thread % 4);
+      if (thread % 4 == 0) s.q_shift[slot][r] = shift;
     }
   }
   if constexpr (kV != V::kIo) {
@@ -191,19 +199,21 @@ __device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int in
 
 // Keeps the slots of quantized queries full; those of one more tile are on their way to shared memory.
 __device__ __forceinline__ void feed_queries(const Params& p, Shared& s) {
-  const int thread = threadIdx.x - 32;
-  const int total = p.tiles * p.heads_total;
-  Ring<2> ring;
-  int next = blockIdx.x;
 #pragma unroll 1
-  for (int index = -1;; index = next, next += gridDim.x) {
-    if (index >= 0) {
-      mbarrier_wait(shared_address(&s.empty_q[ring.stage]), ring.parity ^ 1);
-      quantize_tile(p, s, index, ring.stage, thread);
-      mbarrier_arrive(shared_address(&s.full_q[ring.stage]));
-      ring.advance();
+  for (int turn = -1;; ++turn) {
+    // What follows from these would be kept over all tiles, in more registers than there are.
+    int thread = threadIdx.x - 32, round = turn;
+    forget(thread);
+    forget(round);
+    if (turn >= 0) {
+      const int slot = turn % 2;
+      mbarrier_wait(shared_address(&s.empty_q[slot]), turn / 2 % 2 ^ 1);
+      quantize_tile(p, s, blockIdx.x + round * gridDim.x, slot, thread);
+      mbarrier_arrive(shared_address(&s.full_q[slot]));
     }
-    if (next >= total) break;
+    forget(thread);
+    const int next = blockIdx.x + (turn + 1) * gridDim.x;
+    if (next >= p.tiles * p.heads_total) break;
     if (p.q_vec) prefetch_queries(p, s, next, thread);
   }
 }

@@ -12,10 +12,11 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;
+constexpr int kStages = STAGES;                // of K
+constexpr int kStagesV = STAGES_V;             // of V
 constexpr int kBlock = 128;                    // keys
-constexpr int kGroups = 2;                     // consumer warpgroups of 64 queries
-constexpr int kRows = 64 * kGroups;            // queries per tile
+constexpr int kGroups = GROUPS;                // consumer warpgroups of 64 queries
+constexpr int kRows = 64 * kGroups;            // queries of a tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
 // V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
 enum class V { kFp8, kInt8, kIo };
@@ -35,6 +36,8 @@ constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
 constexpr int kMapWidth = 64;    // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 constexpr int kQuantizers = 96;  // threads that quantize Q
 constexpr int kThreads = 128 * (kGroups + 1);
+// Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
+constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
 
 struct Params {
   const uint16_t* q;
@@ -62,7 +65,7 @@ struct Params {
 __device__ __forceinline__ bool is_split() { return gridDim.y > 1; }
 __device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == gridDim.y; }
 
-// 128 queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
+// kRows queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
 struct Tile {
   int head;   // b * heads_q + h
   int row;    // first query
@@ -86,7 +89,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   }
   tile.row = position * kRows;
   tile.begin = 0;
-  tile.end = kCausal ? min(p.blocks, position + 1) : p.blocks;
+  tile.end = kCausal ? min(p.blocks, (tile.row + kRows - 1) / kBlock + 1) : p.blocks;
   if (is_split()) {
     const unsigned blocks = tile.end;
     tile.begin = static_cast<int>(blocks * blockIdx.y / gridDim.y);
@@ -105,7 +108,7 @@ __device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
 
 struct Shared {
   int8_t k[kStages][kTileBytes];
-  int8_t v[kStages][kVTileBytes];
+  int8_t v[kStagesV][kVTileBytes];
   int8_t q[2][kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile to quantize next, in 16 bits
   float q_scale[2][kRows];
@@ -113,7 +116,7 @@ struct Shared {
   float v_scale[2][kV == V::kFp8 ? kHeadDim : 1];
   float v_mean[2][kV == V::kIo ? 1 : kHeadDim];
   int flags[2][2];  // the head's K, V hold an infinity or a NaN
-  uint64_t full_k[kStages], empty_k[kStages], full_v[kStages], empty_v[kStages], full_q[2], empty_q[2];
+  uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV], full_q[2], empty_q[2];
 };
 
 // A position in a ring of stages and the parity of its round.
