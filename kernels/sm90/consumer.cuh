@@ -29,7 +29,10 @@ struct Consumer : ConsumerBase {
   static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
 
   Scores scores;  // integers, then the exponentials' bits, then, in the first registers, P
-  float b[2];     // exponents are c * score + b: -b is the maximum that l and O refer to
+  float b[2];     // exponents are c * score + b: -b is the maximum that the sums and O refer to
+  float q_scale[2];
+  float sum[4];          // of the exponentials, two for each row
+  uint32_t pair_sum[2];  // of those in fp16, in one block
 
   using ConsumerBase::ConsumerBase;
 
@@ -49,17 +52,13 @@ struct Consumer : ConsumerBase {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ float row_scale(int r, float k_scale) {
-    return s.q_scale[turn % 2][row() + 8 * r] * k_scale;
-  }
-
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale.
   __device__ __forceinline__ void reduce(float (&c)[2], float k_scale) {
     float top[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = static_cast<float>(row_top(scores, r));
-      c[r] = row_scale(r, k_scale);
+      c[r] = q_scale[r] * k_scale;
     }
     const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
     if (__any_sync(~0u, !within)) {
@@ -77,7 +76,8 @@ struct Consumer : ConsumerBase {
       const float next = top + b[r] <= kLargest ? b[r] : kLargest - kSlack - top;
       alpha[r] = exp2_approx(next - b[r]);
       b[r] = next;
-      l[r] *= alpha[r];
+      sum[2 * r] *= alpha[r];
+      sum[2 * r + 1] *= alpha[r];
     }
     rescale(alpha);
   }
@@ -90,7 +90,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int top = mask_row(scores, r, tile, block, bad, undefined[r]);
-      c[r] = row_scale(r, k_scale);
+      c[r] = q_scale[r] * k_scale;
       x[r] = top == kMasked ? kLowest : static_cast<float>(top) * c[r];
     }
     advance_maxima(x);
@@ -111,8 +111,6 @@ struct Consumer : ConsumerBase {
   // Exponentials of some of the scores, and their sums.
   template <int first, int last>
   __device__ __forceinline__ void exponentiate(const float (&c)[2]) {
-    float sum[4] = {0.f, 0.f, 0.f, 0.f};
-    uint32_t pair_sum[2] = {0, 0};
     float pair_c[2], pair_b[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -124,7 +122,7 @@ struct Consumer : ConsumerBase {
       const int r = i / 2 % 2;
       if (is_polynomial(i / 2)) {
         const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
-        pair_sum[r] = half2_add(pair_sum[r], e);
+        pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
         scores[i] = static_cast<int32_t>(e);
         continue;
       }
@@ -135,10 +133,9 @@ struct Consumer : ConsumerBase {
         scores[n] = __float_as_int(e);
       }
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (kPolynomialPairs != 0) sum[2 * r] += half2_sum(pair_sum[r]);
-      l[r] += sum[2 * r] + sum[2 * r + 1];
+    if constexpr (kPolynomialPairs != 0 && last == kBlock / 2) {
+      sum[0] += half2_sum(pair_sum[0]);
+      sum[2] += half2_sum(pair_sum[1]);
     }
   }
 
@@ -188,15 +185,13 @@ struct Consumer : ConsumerBase {
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
   // the keys; with keys that are not finite every block is masked.
   __device__ __forceinline__ void attend_blocks(const Tile& tile, int end, int masked, bool k_bad) {
-    bool ready = false;
 #pragma unroll 1
     for (int block = end - 1; block >= tile.begin; --block) {
       const float k_scale = next_k_scale();
-      issue_qk(scores, ready);
+      issue_qk(scores, false);
       wgmma_wait<0>();
       pin(scores);
       release_k();
-      ready = v_ready();
       float c[2];
       if (masked > 0) {
         --masked;
@@ -207,7 +202,7 @@ struct Consumer : ConsumerBase {
       }
       exponentiate<0, kFirstKeys / 2>(c);
       pack<0, kFirstKeys>();
-      if (!ready) mbarrier_wait(full_v(), v.parity);
+      mbarrier_wait(full_v(), v.parity);
       pin_first<kWeights * kFirstKeys / kBlock>(scores);
       pin(o);
       issue_pv<0, kFirstKeys>();
@@ -217,7 +212,6 @@ struct Consumer : ConsumerBase {
         pin_first<kWeights>(scores);
         issue_pv<kFirstKeys, kBlock>();
       }
-      ready = k_ready();
       wgmma_wait<0>();
       pin(o);
       pin_first<kWeights>(scores);
@@ -228,11 +222,15 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void attend(int index) {
     const Tile tile = tile_at(p, index);
     begin(tile);
+    for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[turn % 2][row() + 8 * r];
     b[0] = b[1] = -kLowest;
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
     const bool k_bad = s.flags[turn % 2][0] != 0;
     const int end = end_of_warpgroup(tile);
     for (int block = tile.end; block > end; --block) skip_block();
     attend_blocks(tile, end, masked_blocks(tile, end, k_bad), k_bad);
+    l[0] = sum[0] + sum[1];
+    l[1] = sum[2] + sum[3];
     write(index, {-b[0], -b[1]});
     end_tile();
   }

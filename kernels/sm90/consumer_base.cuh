@@ -21,7 +21,7 @@ struct ConsumerBase {
   uint32_t turn = 0;  // tiles taken so far
   uint64_t q_descriptor;
   const float* k_scales;
-  float l[2];
+  float l[2];  // sums of the exponentials
   float o[kHeadDim / 2];
 
   __device__ __forceinline__ ConsumerBase(const Params& params, Shared& shared) : p(params), s(shared) {}
@@ -29,8 +29,9 @@ struct ConsumerBase {
   // Columns 8 j + 2 quad + {0, 1} and rows row + {0, 8} of the tile are this thread's.
   static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
   static __device__ __forceinline__ int row() { return (threadIdx.x - 128) / 32 * 16 + threadIdx.x % 32 / 4; }
-  // The same in all lanes, and known to be.
-  static __device__ __forceinline__ int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128 - 1, 0); }
+  // A value that all lanes have, in a register that all lanes share.
+  static __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
+  static __device__ __forceinline__ int warpgroup() { return uniform(threadIdx.x / 128) - 1; }
   static __device__ __forceinline__ bool leader() { return threadIdx.x % 32 == 0; }
 
   __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[k.stage]); }
@@ -149,7 +150,8 @@ struct ConsumerBase {
 
   __device__ __forceinline__ void begin(const Tile& tile) {
     mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
-    q_descriptor = descriptor<kHeadDim>(shared_address(&s.q[turn % 2][row() / 64 * 64 * kHeadDim]));
+    q_descriptor = descriptor<kHeadDim>(
+        shared_address(&s.q[turn % 2][(kV == V::kInt8 ? row() / 64 : warpgroup()) * 64 * kHeadDim]));
     k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.end - 1) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll

@@ -8,9 +8,14 @@
 namespace sagert {
 
 // Of a thread's 32 pairs in a block of keys, those computed here: a bit each. Pair 2 j + r has keys 8 j + 2 quad +
-// {0, 1} and row r. With a quarter of them neither pipe waits for the other.
-constexpr uint32_t kPolynomialPairs = kV == V::kFp8 ? 0x48484848u : 0;
+// {0, 1} and row r. With a quarter to a third of them neither pipe waits for the other.
+constexpr uint32_t kPolynomialPairs = kV != V::kFp8 ? 0 : kHeadDim == 64 ? 0x48a448a4u : 0x48484848u;
 constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
+// Is it the first of its row?
+constexpr bool is_first_polynomial(int pair) {
+  const uint32_t row = pair % 2 == 0 ? 0x55555555u : 0xaaaaaaaau;
+  return (kPolynomialPairs & row & ((1u << pair) - 1)) == 0;
+}
 
 // Exponents are scaled to 1 = 2^5 for the clamp of a multiply-add, and biased as an fp16 is.
 constexpr float kHalfRange = 32.f, kHalfBias = 15.f;
