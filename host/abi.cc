@@ -63,16 +63,17 @@ Selection select_or_fail(const sagert_request& request, const sagert_device& dev
 
 bool is_empty(const sagert_attention_args& args) { return args.batch == 0 || args.seqlen_q == 0; }
 
-sagert_status attend(const sagert_attention_args* args, Phase phase) {
+sagert_status attend(const sagert_attention_args* args, uint32_t phases) {
   return guarded([&] {
     check_attention(args, Stage::kRun);
     Driver& driver = Driver::get();
     Device& device = driver.device(args->device);
     Selection selection = select_or_fail(request_of(*args), device.info);
     if (is_empty(*args)) return;
+    if (has_quantized_kv(*args)) phases &= ~kPrepareKv;
     const Family& family = find_family(kRows[selection.row].family);
     ContextGuard guard(driver, driver.context(device));
-    family.run(driver, device, *args, selection.variant, phase);
+    family.run(driver, device, *args, selection.variant, static_cast<Phase>(phases));
   });
 }
 
@@ -232,5 +233,38 @@ sagert_status sagert_attention(const sagert_attention_args* args) { return atten
 sagert_status sagert_quantize(const sagert_attention_args* args) { return attend(args, kPrepass); }
 
 sagert_status sagert_attend(const sagert_attention_args* args) { return attend(args, kAttend); }
+
+sagert_status sagert_kv_plan(const sagert_attention_args* args, sagert_kv_info* info) {
+  return guarded([&] {
+    check_struct(info, "info");
+    info->bytes = 0;
+    info->row = -1;
+    info->reads_v = 0;
+    sagert_attention_args own = kv_args(args, Stage::kPlan);
+    Device& device = Driver::get().device(own.device);
+    sagert_request request = request_of(own);
+    Selection selection = select_or_fail(request, device.info);
+    info->row = selection.row;
+    if (own.batch == 0) return;
+    const Family& family = find_family(kRows[selection.row].family);
+    KvSize size = family.kv_size(device, own, quantizing_variant(selection, request));
+    info->bytes = static_cast<uint64_t>(size.bytes);
+    info->reads_v = size.reads_v;
+  });
+}
+
+sagert_status sagert_quantize_kv(const sagert_attention_args* args) {
+  return guarded([&] {
+    sagert_attention_args own = kv_args(args, Stage::kRun);
+    Driver& driver = Driver::get();
+    Device& device = driver.device(own.device);
+    sagert_request request = request_of(own);
+    Selection selection = select_or_fail(request, device.info);
+    if (own.batch == 0) return;
+    const Family& family = find_family(kRows[selection.row].family);
+    ContextGuard guard(driver, driver.context(device));
+    family.run(driver, device, own, quantizing_variant(selection, request), kPrepareKv);
+  });
+}
 
 }  // extern "C"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "request.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,7 +11,7 @@
 namespace sagert {
 namespace {
 
-constexpr uint64_t kWorkspaceAlignment = 256;
+constexpr uint64_t kAlignment = 256;  // of the workspace and of quantized K and V
 constexpr double kLog2E = 1.4426950408889634;
 
 void check_sizes(const sagert_request& request) {
@@ -77,6 +78,14 @@ struct TensorShape {
 
   bool empty() const { return size[0] == 0 || size[1] == 0 || size[2] == 0 || size[3] == 0; }
 };
+
+TensorShape k_of(const sagert_attention_args& args) {
+  return {"k", args.k, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim}};
+}
+
+TensorShape v_of(const sagert_attention_args& args) {
+  return {"v", args.v, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v}};
+}
 
 void check_tensor(const TensorShape& shape, bool written, Stage stage) {
   if (shape.empty()) return;
@@ -147,6 +156,23 @@ sagert_request request_of(const sagert_attention_args& args) {
   return request;
 }
 
+sagert_attention_args kv_args(const sagert_attention_args* args, Stage stage) {
+  check_struct(args, "args");
+  sagert_attention_args own = *args;
+  own.struct_size = sizeof(own);
+  own.heads_q = std::max(own.heads_kv, int64_t{1});
+  own.seqlen_q = std::max(own.seqlen_k, int64_t{0});
+  own.q = own.out = sagert_tensor{};
+  own.lse = own.workspace = nullptr;
+  own.workspace_size = 0;
+  own.scale = 1.0;
+  own.flags |= SAGERT_FLAG_QUANTIZED_KV;
+  check_content(request_of(own));
+  check_tensor(k_of(own), false, stage);
+  check_tensor(v_of(own), false, stage);
+  return own;
+}
+
 void check_attention(const sagert_attention_args* args, Stage stage) {
   check_struct(args, "args");
   check_content(request_of(*args));
@@ -157,8 +183,15 @@ void check_attention(const sagert_attention_args* args, Stage stage) {
   // Without queries there is nothing to compute, and k and v are not read.
   if (out.empty()) return;
   check_tensor({"q", args->q, {args->batch, args->heads_q, args->seqlen_q, args->head_dim}}, false, stage);
-  check_tensor({"k", args->k, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim}}, false, stage);
-  check_tensor({"v", args->v, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim_v}}, false, stage);
+  if (has_quantized_kv(*args)) {
+    if (args->row == 0) {
+      fail_argument("row is 0, but kv holds what one row quantized; set it to sagert_kv_info.row + 1");
+    }
+    check_tensor(v_of(*args), false, Stage::kPlan);  // only some rows read it; check_kv sees when it is missing
+  } else {
+    check_tensor(k_of(*args), false, stage);
+    check_tensor(v_of(*args), false, stage);
+  }
   check_tensor(out, true, stage);
   if ((args->flags & SAGERT_FLAG_LSE) != 0) {
     if (args->lse == nullptr && stage == Stage::kRun) fail_argument("lse is NULL, but flags ask for it");
@@ -171,12 +204,27 @@ void check_attention(const sagert_attention_args* args, Stage stage) {
 void check_workspace(const sagert_attention_args& args, uint64_t needed) {
   if (needed == 0) return;
   if (args.workspace == nullptr) fail_argument("workspace is NULL; ", needed, " bytes are needed");
-  if (reinterpret_cast<uintptr_t>(args.workspace) % kWorkspaceAlignment != 0) {
-    fail_argument("workspace is not aligned to ", kWorkspaceAlignment, " bytes (address ", args.workspace, ")");
+  if (reinterpret_cast<uintptr_t>(args.workspace) % kAlignment != 0) {
+    fail_argument("workspace is not aligned to ", kAlignment, " bytes (address ", args.workspace, ")");
   }
   if (args.workspace_size < needed) {
     fail_argument("workspace_size is ", args.workspace_size, " bytes, but ", needed,
                   " are needed; ask sagert_workspace_size with the same arguments");
+  }
+}
+
+void check_kv(const sagert_attention_args& args, uint64_t needed) {
+  if (needed == 0) return;
+  if (args.kv == nullptr) fail_argument("kv is NULL; ", needed, " bytes are needed");
+  if (reinterpret_cast<uintptr_t>(args.kv) % kAlignment != 0) {
+    fail_argument("kv is not aligned to ", kAlignment, " bytes (address ", args.kv, ")");
+  }
+  // Nothing in the buffer can be read here: its exact size is what tells other shapes, rows and forms of V apart.
+  if (args.kv_size != needed) {
+    fail_argument(
+        "kv_size is ", args.kv_size, " bytes, but K and V of this call take exactly ", needed,
+        "; pass kv_size as sagert_kv_plan gave it, with the row and the sizes of that call and, where it said "
+        "reads_v, its v");
   }
 }
 

@@ -193,6 +193,14 @@ typedef struct sagert_attention_args {
   uint64_t kv_size;
 } sagert_attention_args;
 
+/* What sagert_kv_plan says about K and V quantized once. */
+typedef struct sagert_kv_info {
+  uint64_t struct_size;
+  uint64_t bytes;  /* of args.kv */
+  int32_t row;     /* the row that reads them: args.row is this + 1 from here on */
+  int32_t reads_v; /* 1: attention reads args.v, too, because this row leaves V as it is */
+} sagert_kv_info;
+
 SAGERT_API const char* sagert_version(void);
 SAGERT_API uint32_t sagert_abi_version(void);
 
@@ -241,6 +249,10 @@ SAGERT_API sagert_status sagert_attention(const sagert_attention_args* args);
  * v where the precision leaves V as it is) and writes out and lse. Both take the same arguments. */
 SAGERT_API sagert_status sagert_quantize(const sagert_attention_args* args);
 SAGERT_API sagert_status sagert_attend(const sagert_attention_args* args);
+
+/* K and V quantized once. */
+SAGERT_API sagert_status sagert_kv_plan(const sagert_attention_args* args, sagert_kv_info* info);
+SAGERT_API sagert_status sagert_quantize_kv(const sagert_attention_args* args);
 
 #ifdef __cplusplus
 }
