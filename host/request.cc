@@ -161,7 +161,7 @@ sagert_attention_args kv_args(const sagert_attention_args* args, Stage stage) {
   sagert_attention_args own = *args;
   own.struct_size = sizeof(own);
   own.heads_q = std::max(own.heads_kv, int64_t{1});
-  own.seqlen_q = std::max(own.seqlen_k, int64_t{0});
+  own.seqlen_q = std::max(own.seqlen_k, int64_t{1});
   own.q = own.out = sagert_tensor{};
   own.lse = own.workspace = nullptr;
   own.workspace_size = 0;
