@@ -27,8 +27,10 @@ inline bool has_quantized_kv(const sagert_attention_args& args) { return (args.f
 
 enum class Stage { kPlan, kRun };
 
-// Checks everything but the workspace. At kPlan null pointers are accepted: only sizes and layouts matter.
-void check_attention(const sagert_attention_args* args, Stage stage);
+// Checks what chooses a row.
+void check_content(const sagert_request& request);
+// Checks the rest of the arguments but the workspace. At kPlan null pointers are accepted: only layouts matter.
+void check_operands(const sagert_attention_args& args, Stage stage);
 void check_workspace(const sagert_attention_args& args, uint64_t needed);
 void check_kv(const sagert_attention_args& args, uint64_t needed);
 
