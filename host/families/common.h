@@ -27,10 +27,10 @@ inline Strides strides_of(const sagert_tensor& tensor, int64_t b, int64_t h, int
           d == 1 ? 1 : tensor.stride[3]};
 }
 
-// Rows are contiguous and aligned to 16 bytes, at strides that are multiples of `elements`.
+// Rows are contiguous and aligned to 16 bytes, at strides that are multiples of `elements`, a power of two.
 inline bool has_aligned_rows(const sagert_tensor& tensor, const Strides& strides, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 && strides.b % elements == 0 &&
-         strides.h % elements == 0 && strides.s % elements == 0;
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 &&
+         ((strides.b | strides.h | strides.s) & (elements - 1)) == 0;
 }
 
 // How Q, K, V and the output lie in memory, and which of them the kernels may read or write by vectors: rows that are

@@ -3,6 +3,7 @@
 #include "wgmma.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -92,6 +93,7 @@ int64_t section_of(const Plan& plan) {
 // leave each multiprocessor one part at most, so that the parts take a workspace of some 10 MB at most.
 int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
   const int64_t tiles = plan.tiles * plan.heads_q_total;
+  if (2 * tiles > device.info.multiprocessors) return 1;
   const bool causal = (plan.args->flags & SAGERT_FLAG_CAUSAL) != 0;
   const int64_t seen = causal ? std::min(plan.blocks, ceil_div(plan.tiles * tile, kBlock)) : plan.blocks;
   const int64_t parts = std::min({device.info.multiprocessors / tiles, seen / kBlocksPerPart, kPartsMax});
@@ -129,9 +131,16 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
 const void* kv_at(const Plan& plan, int64_t offset) { return plan.memory.in_kv(offset); }
 const void* call_at(const Plan& plan, int64_t offset) { return plan.memory.in_call(offset); }
 
-// The map of V as attention reads it: the caller's tensor, or the padded copy.
-void encode_v_map(const Driver& driver, Plan& plan) {
+// What the map of V is made of: the caller's tensor as attention reads it, or the padded copy.
+struct MapKey {
+  const void* data;
+  uint64_t sizes[4];
+  uint64_t byte_strides[3];
+};
+
+MapKey v_map_key(const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
+  auto u64 = [](int64_t value) { return static_cast<uint64_t>(value); };
   int64_t keys = args.seqlen_k;
   int64_t channels = args.head_dim_v;
   Strides strides = plan.v;
@@ -142,16 +151,33 @@ void encode_v_map(const Driver& driver, Plan& plan) {
     strides = {args.heads_kv * keys * channels, keys * channels, channels, 1};
     data = kv_at(plan, plan.v8);
   }
-  auto u64 = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const uint64_t sizes[] = {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)};
-  const uint64_t byte_strides[] = {u64(strides.s * kHalf), u64(strides.h * kHalf), u64(strides.b * kHalf)};
-  constexpr uint32_t kBox[] = {64, static_cast<uint32_t>(kBlock), 1, 1};  // 64 channels: the width of the swizzle
-  constexpr uint32_t kSteps[] = {1, 1, 1, 1};
-  CUresult result = driver.api().cuTensorMapEncodeTiled(
-      &plan.v_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, byte_strides, kBox, kSteps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  driver.check(result, "encoding the tensor map of V");
+  return {data,
+          {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)},
+          {u64(strides.s * kHalf), u64(strides.h * kHalf), u64(strides.b * kHalf)}};
+}
+
+// The driver takes longer to encode a map than the rest of a call takes, and a program's V often stays where it is:
+// each thread keeps its last map, a pure function of the key.
+void encode_v_map(const Driver& driver, Plan& plan) {
+  static_assert(sizeof(MapKey) == 64, "compared byte by byte");
+  struct LastMap {
+    MapKey key;  // data is null in the beginning, but never in use
+    CUtensorMap map;
+  };
+  thread_local LastMap last;
+  MapKey key = v_map_key(plan);
+  if (std::memcmp(&key, &last.key, sizeof(key)) != 0) {
+    constexpr uint32_t kBox[] = {64, static_cast<uint32_t>(kBlock), 1, 1};  // 64 channels: the width of the swizzle
+    constexpr uint32_t kSteps[] = {1, 1, 1, 1};
+    CUtensorMap map;
+    CUresult result = driver.api().cuTensorMapEncodeTiled(
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(key.data), key.sizes, key.byte_strides, kBox, kSteps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    driver.check(result, "encoding the tensor map of V");
+    last = {key, map};
+  }
+  plan.v_map = last.map;
 }
 
 // Blocks that share the K or V of a head: few when there are many heads, more when the heads being worked on would not
