@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the site adds to the Markdown: the support table, and links that leave docs/ made readable without a repository."""
+"""What the site adds to the Markdown: the support table; links that leave docs/ stay readable without a repository."""
 
 from __future__ import annotations
 

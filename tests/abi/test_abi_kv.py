@@ -213,6 +213,33 @@ result.append([lib.attention(args, "sagert_quantize"), lib.attention(args, "sage
     assert roles == ["kv_stats", "quantize_kv", "quantize_q", "attention", "quantize_q", "attention"]
 
 
+def test_every_row_quantizes_for_every_call(any_library, stub):
+    code = """
+import itertools
+devices = ctypes.c_int32()
+lib.c.sagert_device_count(ctypes.byref(devices))
+result = []
+served = 0
+options = itertools.product(range(devices.value), range(1, 4), (FP16, BF16), (40, 64, 128), (0, CAUSAL))
+for dev, precision, dtype, d, causal in options:
+    args = abi.attention_args(device=dev, precision=precision, dtype=dtype, head_dim=d)
+    if lib.workspace_size(args)[0] == UNSUPPORTED:
+        continue
+    status, info = lib.kv_plan(args)
+    args.kv, args.kv_size, args.row = 1 << 42, info.bytes, info.row + 1
+    quantized = lib.attention(args, "sagert_quantize_kv")
+    args.flags |= QUANTIZED_KV | causal | LSE
+    attended = lib.attention(args)
+    served += 1
+    if (status, quantized, attended) != (OK, OK, OK):
+        result.append(lib.error())
+result.append(served)
+"""
+    *errors, served = stub.run(any_library, code, STUB_CAPABILITY="80,86,89,90,100,103,120", STUB_DRIVER=13000)
+    assert errors == []
+    assert served >= 7 * 2 * 3 * 2
+
+
 BAD = [
     # the function, changes to a good call of it, words of the message
     ("sagert_kv_plan", {"heads_kv": 0}, "heads_kv is 0"),

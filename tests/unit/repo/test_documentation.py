@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation site: its pages exist, its support table is the README's, and it knows every reason of a refusal."""
+"""The documentation site: its pages exist, its support table is the README's, it knows every reason of a refusal."""
 
 from __future__ import annotations
 
