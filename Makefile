@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD := build
 DIST := $(BUILD)/dist
-CXX_FILES = $(shell find host include kernels tests examples -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find host include kernels tests examples benchmarks -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PY_DIRS = $(wildcard sagert build_tools kernels tests benchmarks examples docs)
 WHEEL_SOURCES = CMakeLists.txt pyproject.toml README.md LICENSE requirements-build.txt \
   $(shell find include host kernels build_tools cmake sagert -type f ! -path '*/__pycache__/*' ! -name '.*' 2>/dev/null)
