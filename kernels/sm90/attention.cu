@@ -63,14 +63,17 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     mbarrier_init_fence();
   }
   __syncthreads();
-  wait_for_prerequisites();
   if (is_split()) launch_dependents();
   if (threadIdx.x < 128) {
     release_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) feed_keys(p, s);
+    if (threadIdx.x == 0) {
+      wait_for_prerequisites();
+      feed_keys(p, s);
+    }
     if (threadIdx.x >= 32) feed_queries(p, s);
   } else {
     claim_registers<kConsumerRegisters>();
+    wait_for_prerequisites();
     Consumer consumer(p, s);
     for_each_tile(p, [&](int index) { consumer.attend(index); });
   }

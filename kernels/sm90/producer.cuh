@@ -4,6 +4,7 @@
 
 #include "ptx/async_copy.cuh"
 #include "ptx/bulk.cuh"
+#include "ptx/pdl.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -157,7 +158,7 @@ __device__ __forceinline__ float shift_of_row(const Params& p, const uint16_t* r
 }
 
 // Quantizes the queries of a tile into a slot, and brings what its epilogue needs.
-__device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int index, int slot, int thread) {
+__device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int index, int slot, int thread, bool first) {
   async_copy_wait();
   // One loop for each matter: together they would take more registers than there are.
 #pragma unroll 1
@@ -172,6 +173,7 @@ __device__ __forceinline__ void quantize_tile(const Params& p, Shared& s, int in
     }
     if (thread % 4 == 0) s.q_scale[slot][r] = scale;
   }
+  if (first) wait_for_prerequisites();  // queries do not come from the pre-pass
   forget(index);
   const Tile tile = tile_at(p, index);
   const int head_kv = tile.head / p.group;
@@ -208,7 +210,7 @@ __device__ __forceinline__ void feed_queries(const Params& p, Shared& s) {
     if (turn >= 0) {
       const int slot = turn % 2;
       mbarrier_wait(shared_address(&s.empty_q[slot]), turn / 2 % 2 ^ 1);
-      quantize_tile(p, s, blockIdx.x + round * gridDim.x, slot, thread);
+      quantize_tile(p, s, blockIdx.x + round * gridDim.x, slot, thread, turn == 0);
       mbarrier_arrive(shared_address(&s.full_q[slot]));
     }
     forget(thread);

@@ -84,8 +84,11 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     tile.head = first + rest % heads;
     position = p.tiles - 1 - rest / heads;
   } else {
-    tile.head = index / p.tiles;
-    position = index % p.tiles;
+    // Tiles that lack queries are shorter and come last: among the others they would fall to the same thread blocks
+    // wherever the number of tiles divides that of the blocks.
+    const int full = p.seqlen_q / kRows, rest = index - full * p.heads_total;
+    tile.head = rest < 0 ? index / full : rest;
+    position = rest < 0 ? index % full : full;
   }
   tile.row = position * kRows;
   tile.begin = 0;
