@@ -56,10 +56,6 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
       mbarrier_init(shared_address(&s.full_v[i]), 1);
       mbarrier_init(shared_address(&s.empty_v[i]), kConsumerWarps);
     }
-    for (int i = 0; i < 2; ++i) {
-      mbarrier_init(shared_address(&s.full_q[i]), kQuantizers);
-      mbarrier_init(shared_address(&s.empty_q[i]), kConsumerWarps);
-    }
     mbarrier_init_fence();
   }
   __syncthreads();
@@ -70,11 +66,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
       wait_for_prerequisites();
       feed_keys(p, s);
     }
-    if (threadIdx.x >= 32) feed_queries(p, s);
   } else {
     claim_registers<kConsumerRegisters>();
-    wait_for_prerequisites();
     Consumer consumer(p, s);
+    consumer.prefetch(blockIdx.x);
+    wait_for_prerequisites();  // queries do not come from the pre-pass
     for_each_tile(p, [&](int index) { consumer.attend(index); });
   }
 }

@@ -196,7 +196,7 @@ struct Consumer : ConsumerBase {
       if (masked > 0) {
         --masked;
         reduce_masked(c, k_scale, block, tile, k_bad);
-        if (kV == V::kIo && kCausal && s.flags[turn % 2][1] != 0) clear_nonfinite();
+        if (kV == V::kIo && kCausal && is_bad(tile, 1)) clear_nonfinite();
       } else {
         reduce(c, k_scale);
       }
@@ -221,18 +221,17 @@ struct Consumer : ConsumerBase {
 
   __device__ __forceinline__ void attend(int index) {
     const Tile tile = tile_at(p, index);
-    begin(tile);
-    for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[turn % 2][row() + 8 * r];
+    begin(tile, index);
+    for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
     sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-    const bool k_bad = s.flags[turn % 2][0] != 0;
+    const bool k_bad = is_bad(tile, 0);
     const int end = end_of_warpgroup(tile);
     for (int block = tile.end; block > end; --block) skip_block();
     attend_blocks(tile, end, masked_blocks(tile, end, k_bad), k_bad);
     l[0] = sum[0] + sum[1];
     l[1] = sum[2] + sum[3];
     write(index, {-b[0], -b[1]});
-    end_tile();
   }
 };
 

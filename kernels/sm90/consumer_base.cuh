@@ -2,7 +2,9 @@
 // What the consumers share: which scores are a thread's, rings of K and V, masks, row maxima, and the epilogue.
 #pragma once
 
+#include "ptx/named_barrier.cuh"
 #include "ptx/wgmma.cuh"
+#include "queries.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -18,7 +20,6 @@ struct ConsumerBase {
   Shared& s;
   Ring<kStages> k;  // the blocks that come next
   Ring<kStagesV> v;
-  uint32_t turn = 0;  // tiles taken so far
   uint64_t q_descriptor;
   const float* k_scales;
   float l[2];  // sums of the exponentials
@@ -148,20 +149,48 @@ struct ConsumerBase {
     }
   }
 
-  __device__ __forceinline__ void begin(const Tile& tile) {
-    mbarrier_wait(shared_address(&s.full_q[turn % 2]), turn / 2 & 1);
-    q_descriptor = descriptor<kHeadDim>(
-        shared_address(&s.q[turn % 2][(kV == V::kInt8 ? row() / 64 : warpgroup()) * 64 * kHeadDim]));
+  // The head's K (0) or V (1) holds an infinity or a NaN. Without a mask nobody asks where 16-bit V is not finite, and
+  // the pre-pass does not say.
+  __device__ __forceinline__ bool is_bad(const Tile& tile, int which) {
+    if (kV == V::kIo && !kCausal && which == 1) return false;
+    return __ldg(p.head_flags + tile.head / p.group * 2 + which) != 0;
+  }
+
+  // Starts to copy the queries of a tile to where the ones before have been read.
+  __device__ __forceinline__ void prefetch(int index) {
+    if (p.q_vec && index < p.tiles * p.heads_total) prefetch_queries(p, s, tile_at(p, index), row(), quad());
+  }
+
+  __device__ __forceinline__ void quantize_queries(const Tile& tile) {
+    const float* shift = p.write_lse ? p.k_shift + static_cast<int64_t>(tile.head / p.group) * kHeadDim : nullptr;
+#pragma unroll 1
+    for (int r = row(); r < row() + 16; r += 8) {
+      QuantizedRow quantized;
+      if (p.q_vec) {
+        quantized = quantize_row(p, s, r, quad(), shift);
+      } else {
+        const bool inside = tile.row + r < p.seqlen_q;
+        quantized = quantize_row_any(p, s, r, quad(), queries_of(p, tile) + r * p.q_ss, inside, shift);
+      }
+      s.q_scale[r] = quantized.scale;
+      s.q_shift[r] = quantized.shift;
+    }
+  }
+
+  __device__ __forceinline__ void begin(const Tile& tile, int index) {
+    const int barrier = threadIdx.x / 128;
+    named_barrier(barrier, 128);  // nobody reads the queries before any more
+    async_copy_wait();
+    quantize_queries(tile);
+    prefetch(index + gridDim.x);
+    fence_async_shared();
+    named_barrier(barrier, 128);
+    q_descriptor =
+        descriptor<kHeadDim>(shared_address(&s.q[(kV == V::kInt8 ? row() / 64 : warpgroup()) * 64 * kHeadDim]));
     k_scales = p.k_scale + (static_cast<int64_t>(tile.head / p.group) * p.blocks + tile.end - 1) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.f;
-  }
-
-  __device__ __forceinline__ void end_tile() {
-    __syncwarp();
-    if (leader()) mbarrier_arrive(shared_address(&s.empty_q[turn % 2]));
-    ++turn;
   }
 
   // The end of the blocks that this warpgroup's queries see, were there no parts.
@@ -196,7 +225,7 @@ struct ConsumerBase {
       const int query = tile.row + row() + 8 * r;
       if (quad() == 0 && query < p.seqlen_q) {
         const int64_t place = static_cast<int64_t>(tile.head) * p.seqlen_q + query;
-        const float lse = __log2f(l[r]) + maximum[r], shift = s.q_shift[turn % 2][row() + 8 * r];
+        const float lse = __log2f(l[r]) + maximum[r], shift = s.q_shift[row() + 8 * r];
         if (is_split()) {
           write_part_lse(place, lse, shift);
         } else if (p.write_lse) {
@@ -204,20 +233,21 @@ struct ConsumerBase {
         }
       }
     }
+    const int64_t channels = static_cast<int64_t>(tile.head / p.group) * kHeadDim + 2 * quad();
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
       if constexpr (kV == V::kFp8) {
-        scale = *reinterpret_cast<const float2*>(&s.v_scale[turn % 2][8 * j + 2 * quad()]);
+        scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
       }
-      if constexpr (kV != V::kIo) mean = *reinterpret_cast<const float2*>(&s.v_mean[turn % 2][8 * j + 2 * quad()]);
+      if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         o[4 * j + 2 * r] = fmaf(o[4 * j + 2 * r] * inverse[r], scale.x, mean.x);
         o[4 * j + 2 * r + 1] = fmaf(o[4 * j + 2 * r + 1] * inverse[r], scale.y, mean.y);
       }
     }
-    if (s.flags[turn % 2][1] != 0) add_nonfinite(tile);
+    if (is_bad(tile, 1)) add_nonfinite(tile);
     if (is_split()) {
       write_part(tile);
       return;

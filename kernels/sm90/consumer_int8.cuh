@@ -94,7 +94,7 @@ struct Consumer : ConsumerBase {
 
   // Of 22 bits, so that c * kRound is exact, and b cannot round the row's largest exponent below 0.
   __device__ __forceinline__ float row_scale(int r, float k_scale) {
-    return __int_as_float(__float_as_int(s.q_scale[turn % 2][row() + 8 * r] * k_scale) & ~3);
+    return __int_as_float(__float_as_int(s.q_scale[row() + 8 * r] * k_scale) & ~3);
   }
 
   __device__ __forceinline__ void reduce(Scaling& z, float k_scale, float (&next_weight)[2]) {
@@ -154,13 +154,13 @@ struct Consumer : ConsumerBase {
 
   __device__ __forceinline__ void attend(int index) {
     const Tile tile = tile_at(p, index);
-    begin(tile);
+    begin(tile, index);
     // The first step takes P = 0 with whatever block of V came before.
 #pragma unroll
     for (int i = 0; i < kBlock / 8; ++i) weights[i] = 0;
     maximum[0] = maximum[1] = kLowest;
     weight[0] = weight[1] = 0.f;
-    const bool k_bad = s.flags[turn % 2][0] != 0;
+    const bool k_bad = is_bad(tile, 0);
     const int masked = tile.end - masked_blocks(tile, tile.end, k_bad);
     bool ready_k = false, ready_v = false;
 #pragma unroll 1
@@ -211,7 +211,6 @@ struct Consumer : ConsumerBase {
       add_products(v_scales_at(tile, tile.begin), {1.f, 1.f});
     }
     write(index, maximum);
-    end_tile();
   }
 };
 

@@ -33,11 +33,10 @@ using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
 using VScaleType = float;  // of a channel
 #endif
 constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
-constexpr int kMapWidth = 64;    // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
-constexpr int kQuantizers = 96;  // threads that quantize Q
+constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
-constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : 160;
 
 struct Params {
   const uint16_t* q;
@@ -112,14 +111,11 @@ __device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
 struct Shared {
   int8_t k[kStages][kTileBytes];
   int8_t v[kStagesV][kVTileBytes];
-  int8_t q[2][kRows * kHeadDim];
-  uint4 raw[kRows * kHeadDim / 8];  // queries of the tile to quantize next, in 16 bits
-  float q_scale[2][kRows];
-  float q_shift[2][kRows];  // Q times the shift of K, in the unit of the exponent
-  float v_scale[2][kV == V::kFp8 ? kHeadDim : 1];
-  float v_mean[2][kV == V::kIo ? 1 : kHeadDim];
-  int flags[2][2];  // the head's K, V hold an infinity or a NaN
-  uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV], full_q[2], empty_q[2];
+  int8_t q[kRows * kHeadDim];
+  uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
+  float q_scale[kRows];
+  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
+  uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV];
 };
 
 // A position in a ring of stages and the parity of its round.

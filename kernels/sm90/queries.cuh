@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Queries: each warp of a consumer quantizes its own 16 rows, one scale per row, when it comes to a tile; what it reads
+// has been copied to shared memory while it was at the tile before. Four lanes share a row.
+#pragma once
+
+#include "ptx/async_copy.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+constexpr int kVectors = kHeadDim / 32;  // of 8 channels, that a lane has of a row
+
+__device__ __forceinline__ const uint16_t* queries_of(const Params& p, const Tile& tile) {
+  return p.q + tile.head / p.heads_q * p.q_sb + tile.head % p.heads_q * p.q_sh + tile.row * p.q_ss;
+}
+
+// Where a lane's vector of a row stands in `raw`; neighbouring rows on different banks.
+__device__ __forceinline__ int raw_vector(int r, int quad, int i) {
+  return r * (kHeadDim / 8) + (i * 4 + quad ^ r % 2 * 4);
+}
+
+// Starts the copy of what a lane will read of rows r and r + 8, of contiguous, aligned queries.
+__device__ __forceinline__ void prefetch_queries(const Params& p, Shared& s, const Tile& tile, int r, int quad) {
+  const uint16_t* base = queries_of(p, tile);
+#pragma unroll
+  for (int half = 0; half < 2; ++half, r += 8) {
+    const bool inside = tile.row + r < p.seqlen_q;
+    const uint16_t* row = base + (inside ? r : 0) * p.q_ss;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      async_copy16(shared_address(&s.raw[raw_vector(r, quad, i)]), row + (i * 4 + quad) * 8, inside);
+    }
+  }
+}
+
+struct RowScale {
+  float inverse, scale;
+};
+
+// From the bits of the largest magnitude in a row: a NaN or an infinity in Q makes every score of the row NaN.
+__device__ __forceinline__ RowScale row_scale(uint32_t top, float scale_log2) {
+  float amax = low_io(top);
+  bool finite = amax < infinity();
+  float inverse = finite && amax >= kTiny ? 127.f / amax : 0.f;
+  return {copysignf(inverse, scale_log2), finite ? amax * (1.f / 127.f) * fabsf(scale_log2) : nan()};
+}
+
+// Four channels as int8, the first in the low byte.
+__device__ __forceinline__ uint32_t quantize4(uint32_t first, uint32_t second, float inverse) {
+  return pack_low_bytes(to_int8(low_io(first), inverse), to_int8(high_io(first), inverse),
+                        to_int8(low_io(second), inverse), to_int8(high_io(second), inverse));
+}
+
+// Largest, and sum, over the 4 lanes of a row.
+__device__ __forceinline__ uint32_t row_max(uint32_t value) {
+  value = max(value, __shfl_xor_sync(~0u, value, 1));
+  return max(value, __shfl_xor_sync(~0u, value, 2));
+}
+
+__device__ __forceinline__ float row_sum(float value) {
+  value += __shfl_xor_sync(~0u, value, 1);
+  return value + __shfl_xor_sync(~0u, value, 2);
+}
+
+// What is kept of a quantized row: its scale and, for the LSE, its product with the shift of K, which the scores lack.
+struct QuantizedRow {
+  float scale, shift;
+};
+
+// A row whose copy has come. `shift` is K's, or null.
+__device__ __forceinline__ QuantizedRow quantize_row(const Params& p, Shared& s, int r, int quad, const float* shift) {
+  constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
+  uint4 x[kVectors];
+  uint32_t pair = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    x[i] = s.raw[raw_vector(r, quad, i)];
+    pair = __vmaxu2(__vmaxu2(pair, x[i].x & kMagnitude), x[i].y & kMagnitude);
+    pair = __vmaxu2(__vmaxu2(pair, x[i].z & kMagnitude), x[i].w & kMagnitude);
+  }
+  const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
+  float product = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int vector = i * 4 + quad;
+    uint2 packed = {quantize4(x[i].x, x[i].y, scale.inverse), quantize4(x[i].z, x[i].w, scale.inverse)};
+    *reinterpret_cast<uint2*>(s.q + r * kHeadDim + swizzled<kHeadDim>(vector / 2, r) * 16 + vector % 2 * 8) = packed;
+    if (shift != nullptr) {
+      const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float2 two = __ldg(reinterpret_cast<const float2*>(shift + vector * 8 + 2 * n));
+        product = fmaf(low_io(words[n]), two.x, fmaf(high_io(words[n]), two.y, product));
+      }
+    }
+  }
+  return {scale.scale, row_sum(product) * p.scale_log2};
+}
+
+// The same for any strides and any number of channels, from `row`.
+__device__ __forceinline__ QuantizedRow quantize_row_any(const Params& p, Shared& s, int r, int quad,
+                                                         const uint16_t* row, bool inside, const float* shift) {
+  auto load = [&](int d) { return inside && d < p.head_dim ? row[d * p.q_sd] : uint16_t{0}; };
+  uint32_t top = 0;
+#pragma unroll 4
+  for (int d = quad; d < kHeadDim; d += 4) top = max(top, load(d) & 0x7fffu);
+  const RowScale scale = row_scale(row_max(top), p.scale_log2);
+  float product = 0.f;
+#pragma unroll 4
+  for (int d = quad; d < kHeadDim; d += 4) {
+    const float x = low_io(load(d));
+    s.q[r * kHeadDim + swizzled<kHeadDim>(d / 16, r) * 16 + d % 16] = static_cast<int8_t>(to_int8(x, scale.inverse));
+    if (shift != nullptr) product = fmaf(x, __ldg(shift + d), product);
+  }
+  return {scale.scale, row_sum(product) * p.scale_log2};
+}
+
+}  // namespace sagert
