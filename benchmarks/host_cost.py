@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from report import RESULTS, environment, write_json
-from split import SplitAttention
+from native_call import NativeCall
 
 import sagert
 
@@ -59,7 +59,7 @@ def main() -> int:
 
     q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = torch.empty_like(q)
-    split = SplitAttention(q, k, v, out, causal=False, precision=args.precision)
+    split = NativeCall(q, k, v, out, causal=False, precision=args.precision)
 
     def library() -> None:  # the library's part: both steps, arguments ready
         split.quantize()
