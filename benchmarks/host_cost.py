@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS, environment, write_json
 from native_call import NativeCall
+from report import RESULTS, environment, write_json
 
 import sagert
 

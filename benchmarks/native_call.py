@@ -14,7 +14,7 @@ from sagert import codes, native
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed sequences: cumulative lengths, int32 ``[N + 1]`` on the device, and the longest sequence of either side."""
+    """Packed sequences: cumulative lengths, int32 ``[N + 1]`` on the device, and the longest sequence of each side."""
 
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor

@@ -20,7 +20,7 @@ Draw = Callable[[tuple[int, int, int, int], torch.Generator, torch.device], torc
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """A mask: which keys it hides, its dtype, the shape it broadcasts from, how it lies in memory, and one of BIASES."""
+    """Which keys a mask hides, its dtype, the shape it broadcasts from, how it lies in memory, and one of BIASES."""
 
     pattern: str
     dtype: torch.dtype

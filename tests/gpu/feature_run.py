@@ -251,3 +251,18 @@ def same(first: Run, second: Run) -> bool:
     if first.lse is not None and second.lse is not None and not torch.equal(first.lse, second.lse):
         return False
     return torch.equal(first.out, second.out)
+
+
+def flags_of(case: FeatureCase) -> tuple[str, ...]:
+    """Names of the flags of a case's request."""
+    return codes.flag_names(case.flags)
+
+
+def plans(case: FeatureCase, rows: list[Any], device: sagert.Device) -> list[tuple[Any, bool]]:
+    """The `rows` that serve a case on `device`, each with whether it is the one that the public function takes."""
+    found = []
+    for precision in dict.fromkeys(row.precision for row in rows):
+        chosen = answer(case, precision, device)
+        mine = [row for row in rows if row.precision == precision and chosen.reasons.get(row.id) == ()]
+        found += [(row, row.id == chosen.row) for row in mine]
+    return found

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every row of this device, over cases generated from what the rows serve: masks, windows, alignment, packed sequences.
+
+The row that selection takes runs through the public function, every other row that serves the case through the C ABI.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import feature_run
+import pytest
+import torch
+from feature_cases import Limits, generated
+
+CASES = 1800
+CHUNK = 60
+RUNS_MIN = 3000  # of a case on a row, where the device has rows of two precisions that serve every feature
+FLAG_RUNS_MIN = 20
+# Flags that these cases do not ask for: quantized_kv has tests of its own.
+OTHER_FLAGS = {"quantized_kv", "dropout", "grad"}
+
+
+def test_the_cases_reach_every_row_and_flag(here: list[Any], info: Any) -> None:
+    runs: Counter[str] = Counter()
+    by_flag: Counter[tuple[str, str]] = Counter()
+    for case in generated(CASES, Limits.of(here)):
+        for row, _ in feature_run.plans(case, here, info):
+            runs[row.id] += 1
+            for flag in row.flags:
+                by_flag[row.id, flag] += flag in feature_run.flags_of(case)
+    general = {row.precision for row in here if {"mask", "varlen"} <= set(row.flags)}
+    assert runs.total() >= (RUNS_MIN if len(general) > 1 else CASES), runs
+    for row in here:
+        for flag in set(row.flags) - OTHER_FLAGS:
+            assert by_flag[row.id, flag] >= FLAG_RUNS_MIN, f"{row.id}: {by_flag[row.id, flag]} runs with {flag}"
+
+
+@pytest.mark.parametrize("first", range(0, CASES, CHUNK), ids=lambda first: f"{first}-{first + CHUNK - 1}")
+def test_generated_features(first: int, here: list[Any], info: Any, device: torch.device, record: Any) -> None:
+    failures, runs = [], 0
+    for case in generated(CASES, Limits.of(here))[first : first + CHUNK]:
+        planned = feature_run.plans(case, here, info)
+        if not planned:
+            continue
+        problem = feature_run.build(case, device)
+        want = feature_run.expected(problem)
+        for row, chosen in planned:
+            run = feature_run.guarded(problem, row.precision, None if chosen else row.id)
+            point = feature_run.measured(case, run, *want)
+            record.add("features", row.id, **point)
+            failures += [f"{row.id}, {case}: {text}" for text in feature_run.verdict(point, row.relative_l1)]
+            runs += 1
+    assert not failures, f"{len(failures)} failures in {runs} runs:\n" + "\n".join(failures)
+    assert runs >= CHUNK // 2, f"{runs} runs: hardly any row serves these cases"
+
+
+def test_public_explanation_agrees(here: list[Any], info: Any, device: torch.device) -> None:
+    """`sagert.explain` with a call's own arguments names the row that the C ABI takes for it."""
+    import sagert
+
+    for case in generated(140, Limits.of(here)):
+        if case.segments is not None:
+            continue
+        problem = feature_run.build(case, device)
+        given = feature_run.options_of(problem) | {"return_lse": case.lse}
+        for precision in ("auto", here[0].precision):
+            told = sagert.explain(problem.q, problem.k, problem.v, precision=precision, **given).row
+            assert told == feature_run.answer(case, precision, info).row, f"{precision}, {case}"
