@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process whose first calls come from eight threads on two streams each; run by test_features_streams.
 
-argv: precision, "features" or "plain". Every thread asks for something else, all at once, so that kernels of several rows load meanwhile.
+argv: precision, then "features" or "plain". Every thread asks for something else, all at once, so that kernels of
+several rows load meanwhile.
 """
 
 from __future__ import annotations
