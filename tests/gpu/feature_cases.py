@@ -16,6 +16,7 @@ from gpu_kit import MEMORY
 from sagert import codes
 
 SEED = 31
+CASES = 1800  # generated
 LENGTHS = (1, 2, 3, 7, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 191, 193, 255, 257, 300, 384, 513, 1000, 1025)
 SCORES_MAX = 1 << 22  # per problem, so that the exact result stays cheap
 GROUPS = (1, 1, 2, 3, 4, 8)
@@ -169,11 +170,11 @@ def make_case(index: int, features: frozenset[str], head_dim: int, rng: random.R
         batch, seqlen_q, seqlen_k = len(segments), max(q for q, _ in segments), max(k for _, k in segments)
     mask = None
     if "mask" in features:
-        shape = SHAPES[index // 3 % len(SHAPES)]
+        turn, shape = index // len(KINDS), SHAPES[index // 3 % len(SHAPES)]
         biases = BIASES if shape.endswith("k") and "window" not in features else BIASES[:-1]
         mask = MaskSpec(
             list(PATTERNS)[index // 2 % len(PATTERNS)],
-            DTYPES[index // len(KINDS) % len(DTYPES)],
+            DTYPES[(turn + turn // len(PATTERNS)) % len(DTYPES)],  # so that each meets every pattern
             shape,
             rng.choice(MASK_MEMORY),
             rng.choice(biases),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ GUARD = 8192.0  # in every floating-point type exactly
 MARGIN = 2048  # elements on either side of an output
 LSE_MARGIN = 64
 WORKSPACE_MARGIN = 1 << 16  # bytes
+RUNS_MIN = 3000  # of a case on a row, where rows of two precisions serve every feature
+FLAG_RUNS_MIN = 20
+OTHER_FLAGS = ("quantized_kv", "dropout", "grad")  # these the cases do not ask for; quantized_kv has tests of its own
 
 
 @dataclass
@@ -253,11 +257,6 @@ def same(first: Run, second: Run) -> bool:
     return torch.equal(first.out, second.out)
 
 
-def flags_of(case: FeatureCase) -> tuple[str, ...]:
-    """Names of the flags of a case's request."""
-    return codes.flag_names(case.flags)
-
-
 def plans(case: FeatureCase, rows: list[Any], device: sagert.Device | None) -> list[tuple[Any, bool]]:
     """The `rows` that serve a case on `device`, each with whether it is the one that the public function takes.
 
@@ -271,3 +270,20 @@ def plans(case: FeatureCase, rows: list[Any], device: sagert.Device | None) -> l
         mine = [row for row in rows if row.precision == precision and chosen.reasons.get(row.id) == ()]
         found += [(row, row.id == chosen.row) for row in mine]
     return found
+
+
+def coverage_failures(cases: list[FeatureCase], rows: list[Any], device: sagert.Device) -> list[str]:
+    """Rows, and flags of rows, that too few of the cases reach; asks selection only, so it needs no GPU."""
+    runs: Counter[str] = Counter()
+    by_flag: Counter[tuple[str, str]] = Counter()
+    for case in cases:
+        names = codes.flag_names(case.flags)
+        for row, _ in plans(case, rows, device):
+            runs[row.id] += 1
+            by_flag.update((row.id, flag) for flag in row.flags if flag in names)
+    general = {row.precision for row in rows if {"mask", "varlen"} <= set(row.flags)}
+    wrong = [] if len(general) < 2 or runs.total() >= RUNS_MIN else [f"{runs.total()} runs: {dict(runs)}"]
+    for row in rows:
+        few = {flag: by_flag[row.id, flag] for flag in row.flags if flag not in OTHER_FLAGS}
+        wrong += [f"{row.id}: {n} runs with {flag}" for flag, n in few.items() if n < FLAG_RUNS_MIN]
+    return wrong

@@ -6,35 +6,18 @@ The row that selection takes runs through the public function, every other row t
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import feature_run
 import pytest
 import torch
-from feature_cases import Limits, generated
+from feature_cases import CASES, Limits, generated
 
-CASES = 1800
 CHUNK = 60
-RUNS_MIN = 3000  # of a case on a row, where the device has rows of two precisions that serve every feature
-FLAG_RUNS_MIN = 20
-# Flags that these cases do not ask for: quantized_kv has tests of its own.
-OTHER_FLAGS = {"quantized_kv", "dropout", "grad"}
 
 
 def test_the_cases_reach_every_row_and_flag(here: list[Any], info: Any) -> None:
-    runs: Counter[str] = Counter()
-    by_flag: Counter[tuple[str, str]] = Counter()
-    for case in generated(CASES, Limits.of(here)):
-        for row, _ in feature_run.plans(case, here, info):
-            runs[row.id] += 1
-            for flag in row.flags:
-                by_flag[row.id, flag] += flag in feature_run.flags_of(case)
-    general = {row.precision for row in here if {"mask", "varlen"} <= set(row.flags)}
-    assert runs.total() >= (RUNS_MIN if len(general) > 1 else CASES), runs
-    for row in here:
-        for flag in set(row.flags) - OTHER_FLAGS:
-            assert by_flag[row.id, flag] >= FLAG_RUNS_MIN, f"{row.id}: {by_flag[row.id, flag]} runs with {flag}"
+    assert not feature_run.coverage_failures(generated(CASES, Limits.of(here)), here, info)
 
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK), ids=lambda first: f"{first}-{first + CHUNK - 1}")
