@@ -13,6 +13,8 @@ import pytest
 import torch
 from feature_cases import Limits, generated
 
+import sagert
+
 CALLS = 100
 
 
@@ -81,3 +83,35 @@ def test_two_devices_by_turns(here: list[Any], info: Any) -> None:
         assert torch.cuda.current_device() == current
         assert got.device == where
         assert torch.equal(got.to(first), wanted[turn]), f"call {call} on {where}: {cases[turn]}"
+
+
+def test_nothing_waits_for_the_device(here: list[Any], info: Any, device: torch.device) -> None:
+    """No call synchronizes, packed sequences included; what torch can see of it."""
+    for case in generated(28, Limits.of(here)):
+        plans = [row for row, chosen in feature_run.plans(case, here, info) if chosen]
+        problem = feature_run.build(case, device)
+        for row in plans:
+            feature_run.public(problem, row.precision)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                feature_run.public(problem, row.precision)
+                if "quantized_kv" in row.flags and case.segments is None:
+                    sagert.quantize_kv(problem.k, problem.v, precision=row.precision)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_broadcast_mask_is_not_copied(here: list[Any], device: torch.device) -> None:
+    """One mask row for 64 heads of 4,096 queries: a call takes less memory than that mask written out would."""
+    if not any("mask" in row.flags for row in here):
+        pytest.skip("no row of this device serves masks")
+    length, heads = 4096, 64
+    q, k, v = (torch.randn(1, heads, length, 64, device=device).to(torch.float16) for _ in range(3))
+    mask = torch.rand(length, device=device) < 0.5
+    for precision in dict.fromkeys(row.precision for row in here if "mask" in row.flags):
+        out = sagert.attention(q, k, v, mask, precision=precision)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        sagert.attention(q, k, v, mask, precision=precision, out=out)
+        assert torch.cuda.max_memory_allocated(device) - before < heads * length * length // 2, precision

@@ -14,6 +14,7 @@ from feature_masks import MaskSpec
 
 import sagert
 
+NAN = float("nan")
 PLAIN = FeatureCase(
     index=3, batch=2, heads_kv=2, group=2, seqlen_q=200, seqlen_k=700, head_dim=128, head_dim_v=128,
     dtype=torch.bfloat16, memory=("bshd",) * 4,
@@ -59,20 +60,21 @@ def served(case: FeatureCase, here: list[Any], info: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_of_one_call(name: str, here: list[Any], info: Any, device: torch.device) -> None:
-    for row in served(CASES[name], here, info):
-        problem = feature_run.build(CASES[name], device)
+    case = CASES[name]
+    for row in served(case, here, info):
+        problem = feature_run.build(case, device)
         want, want_lse = feature_run.public(problem, row.precision)
         kv = quantized(problem, row.precision)
-        # The originals' memory goes back to the allocator and is filled with something else.
-        taken = [(whole.numel(), whole.dtype) for whole in (problem.wholes.pop("k"), problem.wholes.pop("v"))]
-        del problem.k, problem.v
-        dirt = [torch.full((size,), float("nan"), dtype=dtype, device=device) for size, dtype in taken * 2]
+        # The originals are overwritten, then freed, and their memory is given to something else.
+        taken = [(problem.wholes[name].fill_(NAN).numel(), case.dtype) for name in "kv"]
+        del problem.k, problem.v, problem.wholes["k"], problem.wholes["v"]
+        dirt = [torch.full((size,), NAN, dtype=dtype, device=device) for size, dtype in taken * 2]
         for _ in range(2):  # the second time from the same buffer
             out, lse = attend(problem, kv, row.precision)
             assert torch.equal(out, want), f"{row.id}: other bits"
             assert want_lse is not None
             assert torch.equal(lse, want_lse), f"{row.id}: other LSE bits"
-        del dirt
+        assert len(dirt) == 4  # kept until here
 
 
 def test_every_row_that_can_is_tested(here: list[Any], info: Any) -> None:
