@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import feature_run
@@ -94,6 +95,27 @@ def test_every_row_is_replayed(here: list[Any], info: Any) -> None:
     assert taken <= replayed
 
 
+def compilable(problem: feature_run.Problem) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """A function of tensors alone that calls the public function for a problem, and those tensors."""
+    given = feature_run.options_of(problem)
+    tensors = [problem.q, problem.k, problem.v]
+    if problem.packed is not None:
+        longest = (problem.packed.max_seqlen_q, problem.packed.max_seqlen_k)
+
+        def packed(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor
+        ) -> torch.Tensor:
+            return sagert.attention_varlen(q, k, v, cu_q, cu_k, *longest, **given)
+
+        return packed, [*tensors, problem.packed.cu_seqlens_q, problem.packed.cu_seqlens_k]
+    mask = given.pop("attn_mask", None)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *masks: torch.Tensor) -> torch.Tensor:
+        return sagert.attention(q, k, v, *masks, **given)
+
+    return plain, tensors if mask is None else [*tensors, mask]
+
+
 @pytest.mark.parametrize("name", ["plain", "causal", "bool_mask", "fp32_mask", "window", "varlen"])
 def test_compiled_with_graphs(name: str, here: list[Any], info: Any, device: torch.device) -> None:
     """torch.compile with CUDA graphs: mode "reduce-overhead" where a C compiler is there for it, else the backend."""
@@ -101,24 +123,14 @@ def test_compiled_with_graphs(name: str, here: list[Any], info: Any, device: tor
     if not any(chosen for _, chosen in feature_run.plans(case, here, info)):
         pytest.skip("no row of this device serves it")
     problem = feature_run.build(case, device)
-    given = feature_run.options_of(problem)
-    mask = given.pop("attn_mask", None)
-
-    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor | None) -> torch.Tensor:
-        if problem.packed is not None:
-            p = problem.packed
-            lengths = (p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k)
-            return sagert.attention_varlen(q, k, v, *lengths, **given)
-        masked = {} if m is None else {"attn_mask": m}
-        return sagert.attention(q, k, v, **masked, **given)
-
-    compiler = any(shutil.which(c) for c in ("cc", "gcc", "clang"))
+    call, arguments = compilable(problem)
+    compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
     torch.compiler.reset()
     way = {"mode": "reduce-overhead"} if compiler else {"backend": "cudagraphs"}
     compiled = torch.compile(call, fullgraph=True, **way)
     for seed in range(4):
         refill(problem, seed, "")
-        want = call(problem.q, problem.k, problem.v, mask)
+        want = call(*arguments)
         torch.compiler.cudagraph_mark_step_begin()
-        got = compiled(problem.q, problem.k, problem.v, mask).clone()
+        got = compiled(*arguments).clone()
         assert torch.equal(got, want), f"call {seed} differs from eager"
