@@ -43,7 +43,8 @@ class NativeCall:
         row: id of the row to use; the registry chooses one otherwise.
         mask: broadcastable to ``[B, H, S, Sk]``.
         causal, bottom_right, window, scale, smooth_k: as for `sagert.attention`.
-        margin: bytes of device memory to keep on either side of the workspace, see `intact`.
+        two_calls: `run` quantizes K and V into memory of their own first, and attends in a call of its own.
+        margin: bytes of device memory to keep on either side of the workspace (and of that memory), see `intact`.
     """
 
     POISON = 0xFF  # NaN in every floating-point type
@@ -65,10 +66,12 @@ class NativeCall:
         packed: Packed | None = None,
         scale: float | None = None,
         smooth_k: bool = True,
+        two_calls: bool = False,
         margin: int = 0,
     ) -> None:
         self._library = native.library()
         self._margin = margin
+        self._two_calls = two_calls
         self._keep = [q, k, v, out, lse, mask, packed]
         device = q.device.index if q.device.index is not None else torch.cuda.current_device()
         totals = (0, 0)
@@ -89,6 +92,7 @@ class NativeCall:
             | codes.FLAG_VARLEN * (packed is not None)
             | codes.FLAG_WINDOW * (left >= 0 or right >= 0)
             | codes.FLAG_BOTTOM_RIGHT * (bottom_right and (causal or left >= 0 or right >= 0))
+            | codes.FLAG_QUANTIZED_KV * two_calls
         )
         tail = (
             torch.cuda.current_stream(device).cuda_stream,
@@ -102,45 +106,47 @@ class NativeCall:
         if mask is not None:
             mask = mask.expand(batch, q.shape[1], *lengths)
             mask_fields = (mask.data_ptr(), *mask.stride())
-        features = (
-            *mask_fields,
-            0 if mask is None else codes.mask_dtype_code(mask.dtype),
-            0 if row is None else row_number(row),
-            left,
-            right,
-            0 if packed is None else packed.cu_seqlens_q.data_ptr(),
-            0 if packed is None else packed.cu_seqlens_k.data_ptr(),
-            *totals,
-            0,
-            0,
-        )
+        bounds = (0, 0) if packed is None else (packed.cu_seqlens_q.data_ptr(), packed.cu_seqlens_k.data_ptr())
+        mask_dtype = 0 if mask is None else codes.mask_dtype_code(mask.dtype)
         lse_address = 0 if lse is None else lse.data_ptr()
         self._args = ctypes.create_string_buffer(native.ARGS_SIZE)
         self._address = ctypes.addressof(self._args)
 
-        def pack(workspace: int, size: int) -> None:
-            fields = (native.ARGS_SIZE, *sizes, *tensors, lse_address, workspace, size, *tail)
+        def pack(workspace: tuple[int, int] = (0, 0), kv: tuple[int, int] = (0, 0), row: int = 0) -> None:
+            fields = (native.ARGS_SIZE, *sizes, *tensors, lse_address, *workspace, *tail)
+            features = (*mask_fields, mask_dtype, row, left, right, *bounds, *totals, *kv)
             native.ARGS.pack_into(self._args, 0, *fields)
             native.FEATURES.pack_into(self._args, native.ARGS.size, *features)
 
-        pack(0, 0)
+        number = 0 if row is None else row_number(row)
+        pack(row=number)
+        self._memory: list[torch.Tensor] = []
+        kv = (0, 0)
+        if two_calls:
+            info = native.KvInfo()
+            native.check(self._library.sagert_kv_plan(self._address, ctypes.byref(info)))
+            kv, number = self._allocate(info.bytes, q.device), info.row + 1
+            pack(kv=kv, row=number)
         needed = ctypes.c_uint64()
         native.check(self._library.sagert_workspace_size(self._address, ctypes.addressof(needed)))
-        self._whole = torch.full((needed.value + 2 * margin,), self.POISON, dtype=torch.uint8, device=q.device)
-        pack(self._whole.data_ptr() + margin, needed.value)
+        self.workspace_size = needed.value  # bytes
+        pack(self._allocate(needed.value, q.device), kv, number)
 
-    @property
-    def workspace_size(self) -> int:
-        """Bytes of workspace."""
-        return self._whole.numel() - 2 * self._margin
+    def _allocate(self, size: int, device: torch.device) -> tuple[int, int]:
+        """Address and size of poisoned memory with the margin around it."""
+        whole = torch.full((size + 2 * self._margin,), self.POISON, dtype=torch.uint8, device=device)
+        self._memory.append(whole)
+        return whole.data_ptr() + self._margin, size
 
     def intact(self) -> torch.Tensor:
-        """Whether nothing was written within `margin` bytes of the workspace: a bool tensor on the device."""
-        edges = torch.cat((self._whole[: self._margin], self._whole[self._whole.numel() - self._margin :]))
-        return (edges == self.POISON).all()
+        """Whether nothing was written within `margin` bytes of the memory it was given: a bool tensor on the device."""
+        ends = [part for t in self._memory for part in (t[: self._margin], t[t.numel() - self._margin :])]
+        return (torch.cat(ends) == self.POISON).all()
 
     def run(self) -> None:
         """Quantizes and attends."""
+        if self._two_calls:
+            native.check(self._library.sagert_quantize_kv(self._address))
         native.check(self._library.sagert_attention(self._address))
 
     def quantize(self) -> None:

@@ -174,11 +174,12 @@ def unchanged(whole: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     return (whole.view(torch.uint8) == before.view(torch.uint8)).all()
 
 
-def guarded(problem: Problem, precision: str, row: str | None = None) -> Run:
+def guarded(problem: Problem, precision: str, row: str | None = None, two_calls: bool = False) -> Run:
     """One call into poisoned memory, with checks that nothing but the outputs was written.
 
     Without `row` it is the public function's call; with one the C ABI's, on that row, whose workspace and LSE lie
-    between guard bands too. Outputs hold NaN beforehand, the workspace bytes that are NaN.
+    between guard bands too, and with `two_calls` the quantized keys and values. Outputs hold NaN beforehand, the other
+    memory bytes that are NaN.
     """
     case, checks = problem.case, {}
     before = {name: whole.clone() for name, whole in problem.wholes.items()}
@@ -195,10 +196,10 @@ def guarded(problem: Problem, precision: str, row: str | None = None) -> Run:
         call = NativeCall(
             problem.q, problem.k, problem.v, out, precision=precision, lse=lse, row=row, mask=problem.mask,
             causal=case.causal, bottom_right=case.bottom_right, window=case.window, packed=problem.packed,
-            scale=case.scale, smooth_k=case.smooth_k, margin=WORKSPACE_MARGIN,
+            scale=case.scale, smooth_k=case.smooth_k, two_calls=two_calls, margin=WORKSPACE_MARGIN,
         )  # fmt: skip
         call.run()
-        checks["the workspace's surroundings were written"] = call.intact()
+        checks["the surroundings of the workspace, or of keys and values, were written"] = call.intact()
         edges = torch.cat((band[:LSE_MARGIN], band[band.numel() - LSE_MARGIN :]))
         checks["the LSE's surroundings were written"] = (edges == GUARD).all()
     checks["memory outside the output was written"] = ((whole == GUARD) | ~outside).all()

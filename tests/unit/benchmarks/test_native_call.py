@@ -47,6 +47,12 @@ class Recorder:
         self.calls.append(self.read(address))
         return native.OK
 
+    def sagert_kv_plan(self, address, info):
+        info._obj.bytes, info._obj.row = 512, 6
+        return native.OK
+
+    sagert_quantize_kv = sagert_attention
+
 
 @pytest.fixture
 def library(monkeypatch):
@@ -115,6 +121,21 @@ def test_packed_sequences(library):
     assert (seen.cu_seqlens_q, seen.cu_seqlens_k) == tuple(t.data_ptr() for t in bounds)
     assert (seen.v, seen.v_h, seen.v_s, seen.v_d) == (v.data_ptr(), 8, 32, 1)
     assert (seen.q_h, seen.q_s) == (8, 32)
+
+
+def test_two_calls(library, monkeypatch):
+    monkeypatch.setattr(native, "KvInfo", types.SimpleNamespace, raising=False)
+    monkeypatch.setattr(ctypes, "byref", lambda info: types.SimpleNamespace(_obj=info))
+    q, k, v, out = (torch.empty(1, 4, 7, 8, dtype=torch.bfloat16) for _ in range(4))
+    call = native_call.NativeCall(q, k, v, out, precision="int8_fp16", two_calls=True, margin=256)
+    call.run()
+    quantize, attend = library.calls
+    assert quantize == attend
+    assert attend.flags == codes.FLAG_QUANTIZED_KV
+    assert (attend.row, attend.kv_size, attend.workspace_size) == (7, 512, WORKSPACE)
+    assert bool(call.intact())
+    ctypes.memset(attend.kv - 1, 0, 1)
+    assert not bool(call.intact())
 
 
 def test_row_number(monkeypatch):
