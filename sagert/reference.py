@@ -9,7 +9,6 @@ quantization, which accuracy is measured against.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from sagert.quantize import (
     quantize_v_int8,
     v_mean,
 )
-from sagert.visibility import Pattern, pattern
+from sagert.visibility import Pattern, pattern, segments
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -142,7 +141,7 @@ def _sections(
 ) -> list[tuple[Tensor, ...]]:
     """Views of quantize_kv's buffer per (batch, head): shift, k_scale, [v_scale,] k8[, v8], 4-byte ones first."""
     b, h, s, d = shape
-    sizes = [(torch.float32, (d,)), (torch.float32, (s,))]
+    sizes: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (d,)), (torch.float32, (s,))]
     sizes += [(torch.float32, (head_dim_v,))] if precision == "int8_fp8" else []
     sizes += [(torch.int8, (s, d))]
     sizes += [(torch.uint8, (s, head_dim_v))] if precision == "int8_fp8" else []
@@ -299,7 +298,7 @@ def _heads(
     total = torch.zeros_like(m)
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
-    positive, negative = (None if kv.positive is None else torch.zeros_like(acc) for _ in range(2))
+    positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
     starts = _starts(seen, s, sk, block_n)
     for start in reversed(starts) if wgmma else starts:
         keys = slice(start, min(start + block_n, sk))
@@ -341,7 +340,7 @@ def _heads(
         out = out * kv.v_scale
     if kv.v_mean is not None:
         out = out + kv.v_mean
-    if positive is not None and negative is not None:
+    if kv.positive is not None:
         # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
         out = torch.where(positive > 0, out + math.inf, out)
         out = torch.where(negative > 0, out - math.inf, out)
@@ -349,13 +348,6 @@ def _heads(
     lse = lse + (qf * kv.k_shift).sum(-1, keepdim=True)
     out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf)
     return out, (lse * LN2).squeeze(-1)
-
-
-def segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The packed rows of q and of k that belong to each sequence; waits for the device."""
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for i in range(len(starts_q) - 1):
-        yield slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
 
 
 def attention_varlen(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sagert.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 ALIGNMENTS = ("top_left", "bottom_right")
@@ -75,3 +77,10 @@ def _side(name: str, value: Any) -> int:
         )
     side: int = value  # symbolic under torch.compile, so not converted
     return side
+
+
+def segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The packed rows of q and of k that belong to each sequence; waits for the device."""
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(starts_q) - 1):
+        yield slice(starts_q[i], starts_q[i + 1]), slice(starts_k[i], starts_k[i + 1])
