@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
+SEED = 41
 
 # The installed wheel is tested, so the clone's own sagert, which has no library beside it, must not come first.
 # benchmarks/ says what a result was measured on.
@@ -23,7 +24,7 @@ sys.path[:] = [str(HERE), str(HERE.parents[1] / "benchmarks"), *KEPT]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", default=None, metavar="PATH", help="write the GPU tests' measurements as JSON")
-    parser.addoption("--seed", default=41, type=int, help="of the random requests (default: %(default)s)")
+    parser.addoption("--seed", default=SEED, type=int, help="of the random requests (default: %(default)s)")
 
 
 def skip_reason() -> str | None:
@@ -98,7 +99,7 @@ def info() -> Any:
 
 @pytest.fixture(scope="session")
 def seed(request: pytest.FixtureRequest) -> int:
-    return int(request.config.getoption("--seed"))
+    return int(request.config.getoption("--seed", default=SEED))
 
 
 class Record:

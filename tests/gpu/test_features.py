@@ -13,6 +13,8 @@ import pytest
 import torch
 from feature_cases import CASES, Limits, generated
 
+import sagert
+
 CHUNK = 60
 
 
@@ -41,13 +43,16 @@ def test_generated_features(first: int, here: list[Any], info: Any, device: torc
 
 def test_public_explanation_agrees(here: list[Any], info: Any, device: torch.device) -> None:
     """`sagert.explain` with a call's own arguments names the row that the C ABI takes for it."""
-    import sagert
-
     for case in generated(140, Limits.of(here)):
-        if case.segments is not None:
-            continue
         problem = feature_run.build(case, device)
         given = feature_run.options_of(problem) | {"return_lse": case.lse}
+        tensors = [problem.q, problem.k, problem.v]
+        if case.segments is not None:  # by shapes: sequences, heads, the longest, head dim
+            heads = (case.heads, case.heads_kv, case.heads_kv)
+            lengths = (case.seqlen_q, case.seqlen_k, case.seqlen_k)
+            dims = (case.head_dim, case.head_dim, case.head_dim_v)
+            tensors = [(case.batch, *sizes) for sizes in zip(heads, lengths, dims, strict=True)]
+            given |= {"varlen": True, "dtype": case.dtype}
         for precision in ("auto", here[0].precision):
-            told = sagert.explain(problem.q, problem.k, problem.v, precision=precision, **given).row
+            told = sagert.explain(*tensors, precision=precision, device=info, **given).row
             assert told == feature_run.answer(case, precision, info).row, f"{precision}, {case}"
