@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import sagert  # noqa: E402
-from sagert import errors, launch, native, ops, quantized  # noqa: E402
+from sagert import errors, launch, native, ops, plans, quantized, reference  # noqa: E402
 from sagert.options import Options  # noqa: E402
 
 
@@ -63,14 +63,14 @@ def recorder(monkeypatch):
     def install(**answers):
         lib = Recorder(**answers)
         monkeypatch.setattr(native, "_lib", lib)
-        monkeypatch.setattr(launch, "_stream", lambda index: 77)
-        monkeypatch.setattr(launch, "_index", lambda tensor: 3)
-        monkeypatch.setattr(launch, "_raw_stream", None)
-        launch.PLANS.by_key.clear()
+        monkeypatch.setattr(plans, "stream_of", lambda index: 77)
+        monkeypatch.setattr(plans, "index_of", lambda tensor: 3)
+        monkeypatch.setattr(plans, "_raw_stream", None)
+        plans.PLANS.by_key.clear()
         return lib
 
     yield install
-    launch.PLANS.by_key.clear()
+    plans.PLANS.by_key.clear()
 
 
 OPTIONS = Options(0.25, True, 2, False, True)
@@ -245,11 +245,11 @@ def test_only_a_refusal_falls_back(recorder, status):
 def test_a_refusal_falls_back_with_every_feature(recorder):
     recorder(size_status=2)
     mask = torch.rand(17, 29) > 0.3
-    before = sagert.stats()["fallbacks"].get("every row said no", 0)
-    out, _ = run(mask=mask, fallback_sdpa=True, return_lse=False, is_causal=False, window_left=3)
-    exact, _ = sagert.reference.exact_attention(Q, K, V, attn_mask=mask, window=(3, None), scale=0.25)
+    with pytest.warns(UserWarning, match="every row said no"):
+        out, _ = run(mask=mask, fallback_sdpa=True, return_lse=False, is_causal=False, window_left=3)
+    exact, _ = reference.exact_attention(Q, K, V, attn_mask=mask, window=(3, None), scale=0.25)
     torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
-    assert sagert.stats()["fallbacks"]["every row said no"] == before + 1
+    assert sagert.stats()["fallbacks"]["every row said no"] == 1
 
 
 def test_grad_flag_reaches_the_library(recorder):
@@ -327,7 +327,7 @@ class TestPlans:
         self.call()
         assert lib.seen[-1][1][30] == 4096
 
-    def test_what_a_plan_does_not_know_of_takes_the_long_way(self, recorder):
+    def test_what_a_plan_does_not_know_of_takes_the_long_way(self, recorder, monkeypatch):
         lib = recorder()
         self.call()
         with pytest.raises(errors.UnsupportedError, match="backward"):
@@ -336,16 +336,53 @@ class TestPlans:
             torch.func.vmap(lambda q: self.call(q, K, V))(torch.stack([Q, Q]))
         with pytest.raises(errors.InvalidArgumentError, match="shares memory"):
             self.call(out=Q)
+        monkeypatch.setattr(ops, "_is_autocast_enabled", lambda kind: kind == "cuda")
         assert lib.names() == ["size", "run"]
-        self.call(attn_mask=torch.zeros(29))
-        assert lib.seen[-1][1][-2] & 4
+        self.call()
+        assert lib.names() == ["size", "run"] * 2
 
-    def test_masks_windows_and_out_are_never_plain(self, recorder):
+    def test_masks_and_windows(self, recorder):
+        lib = recorder()
+        self.call(attn_mask=torch.zeros(29), window=(3, 4))
+        mask = torch.ones(29)
+        self.call(attn_mask=mask, window=(3, 4))
+        assert lib.names() == ["size", "run", "run"]
+        assert lib.seen[-1][2] == (mask.data_ptr(), 0, 0, 0, 1, 3, 0, 3, 4, 0, 0, 0, 0, 0, 0)
+        self.call(attn_mask=torch.ones(1, 29), window=(3, 4))
+        self.call(attn_mask=torch.ones(29).bool(), window=(3, 4))
+        self.call()
+        assert lib.names() == ["size", "run", "run"] + ["size", "run"] * 3
+        assert set(lib.seen[-1][2]) == {0}
+
+    def test_out(self, recorder):
+        lib = recorder()
+        first, second = torch.empty_like(Q), torch.empty_like(Q)
+        assert self.call(out=first) is first
+        assert self.call(out=second) is second
+        assert lib.names() == ["size", "run", "run"]
+        assert lib.seen[-1][1][23] == second.data_ptr()
+        assert second._version == 1
+        with pytest.raises(errors.InvalidArgumentError, match="shares memory"):
+            self.call(second, K, V, out=second)
+
+    def test_fp32_is_never_planned(self, recorder):
         recorder()
-        self.call(attn_mask=torch.zeros(29))
-        self.call(out=torch.empty_like(Q))
         self.call(*(t.float() for t in (Q, K, V)))
-        assert not launch.PLANS.by_key
+        assert not plans.PLANS.by_key
+
+    def test_packed_sequences(self, recorder):
+        lib = recorder()
+        q, k, v = make(17, 4, 32), make(29, 2, 32), make(29, 2, 24)
+        cu_q, cu_k = torch.tensor([0, 5, 17], dtype=torch.int32), torch.tensor([0, 20, 29], dtype=torch.int32)
+        for _ in range(2):
+            sagert.attention_varlen(q, k, v, cu_q, cu_k, 12, 20, enable_gqa=True)
+        again = cu_q.clone()
+        out = sagert.attention_varlen(q, k, v, again, cu_k, 12, 20, enable_gqa=True)
+        assert lib.names() == ["size", "run", "run", "run"]
+        assert lib.seen[-1][2][9:11] == (again.data_ptr(), cu_k.data_ptr())
+        assert out.shape == (17, 4, 24)
+        sagert.attention_varlen(q, k, v, cu_q, cu_k, 13, 20, enable_gqa=True)
+        assert lib.names()[-2:] == ["size", "run"]
 
     def test_errors_of_the_launch_surface(self, recorder):
         lib = recorder()
@@ -356,10 +393,10 @@ class TestPlans:
 
     def test_plans_are_bounded(self, recorder, monkeypatch):
         recorder()
-        monkeypatch.setattr(launch, "_PLANS_MAX", 3)
+        monkeypatch.setattr(plans, "_PLANS_MAX", 3)
         for length in range(1, 9):
             self.call(Q[:, :, :length], K, V)
-        assert len(launch.PLANS.by_key) <= 3
+        assert len(plans.PLANS.by_key) <= 3
 
     def test_threads_share_no_plan(self, recorder):
         import threading
