@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BUILD := build
 DIST := $(BUILD)/dist
-CXX_FILES = $(shell find host include kernels tests examples -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find host include kernels tests examples benchmarks -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PY_DIRS = $(wildcard sagert build_tools kernels tests benchmarks examples docs)
 WHEEL_SOURCES = CMakeLists.txt pyproject.toml README.md LICENSE requirements-build.txt \
   $(shell find include host kernels build_tools cmake sagert -type f ! -path '*/__pycache__/*' ! -name '.*' 2>/dev/null)
@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Makes the wheel the same bytes whenever the same commit is built.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 1577836800)
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format wheel docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint    ruff, clang-format, mypy'
 	@echo 'make format  rewrite the sources in the project style'
 	@echo 'make wheel   build the wheel into $(DIST)'
+	@echo 'make docs    build the documentation site into $(BUILD)/site'
 	@echo 'make clean   remove $(BUILD)'
 	@echo 'Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  PYTEST_ARGS='
 
@@ -53,6 +54,9 @@ format: $(BUILD)/test-venv/.ready
 wheel: $(DIST)/.stamp
 	@ls -l $(DIST)/*.whl
 
+docs: $(BUILD)/docs-venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BUILD)/docs-venv/bin/mkdocs build --strict
+
 clean:
 	rm -rf $(BUILD)
 
@@ -73,6 +77,12 @@ $(BUILD)/test-venv/.ready: requirements-build.txt requirements-dev.txt
 	$(@D)/bin/python -m pip install -q $(TORCH)
 	$(@D)/bin/python -m pip install -q -r requirements-dev.txt
 	@$(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' | xargs -I{} sh -c 'echo $(CURDIR) > {}/clone.pth'
+	@touch $@
+
+# The extra's requirements alone: the site is made from the sources, without the package and without torch.
+$(BUILD)/docs-venv/.ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	sed -n '/^docs = \[/{s/^docs = \[//;s/\]$$//;s/", "/" "/g;p;}' pyproject.toml | xargs $(@D)/bin/python -m pip install -q
 	@touch $@
 
 $(BUILD)/demo-venv/.ready: examples/demo/requirements.txt

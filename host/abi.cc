@@ -9,6 +9,7 @@
 #include "driver.h"
 #include "error.h"
 #include "family.h"
+#include "recent.h"
 #include "registry.h"
 #include "request.h"
 #include "sagert.h"
@@ -61,18 +62,40 @@ Selection select_or_fail(const sagert_request& request, const sagert_device& dev
   return selection;
 }
 
+// A call with its arguments checked, and what serves it.
+struct Call {
+  Call(const sagert_attention_args* args, Stage stage) {
+    check_struct(args, "args");
+    const sagert_request request = request_of(*args);
+    const Selection* known = recall(request, args->device);
+    if (known == nullptr) check_content(request);
+    check_operands(*args, stage);
+    driver = &Driver::get();
+    device = &driver->device(args->device);
+    if (known != nullptr) {
+      selection = *known;
+      return;
+    }
+    selection = select_or_fail(request, device->info);
+    keep(request, args->device, selection);
+  }
+
+  const Family& family() const { return find_family(kRows[selection.row].family); }
+
+  Driver* driver;
+  Device* device;
+  Selection selection;
+};
+
 bool is_empty(const sagert_attention_args& args) { return args.batch == 0 || args.seqlen_q == 0; }
 
-sagert_status attend(const sagert_attention_args* args, Phase phase) {
+sagert_status attend(const sagert_attention_args* args, uint32_t phases) {
   return guarded([&] {
-    check_attention(args, Stage::kRun);
-    Driver& driver = Driver::get();
-    Device& device = driver.device(args->device);
-    Selection selection = select_or_fail(request_of(*args), device.info);
+    const Call call(args, Stage::kRun);
     if (is_empty(*args)) return;
-    const Family& family = find_family(kRows[selection.row].family);
-    ContextGuard guard(driver, driver.context(device));
-    family.run(driver, device, *args, selection.variant, phase);
+    if (has_quantized_kv(*args)) phases &= ~kPrepareKv;
+    ContextGuard guard(*call.driver, call.driver->context(*call.device));
+    call.family().run(*call.driver, *call.device, *args, call.selection.variant, static_cast<Phase>(phases));
   });
 }
 
@@ -219,11 +242,9 @@ sagert_status sagert_workspace_size(const sagert_attention_args* args, uint64_t*
   return guarded([&] {
     if (bytes == nullptr) fail_argument("bytes is NULL");
     *bytes = 0;
-    check_attention(args, Stage::kPlan);
-    Device& device = Driver::get().device(args->device);
-    Selection selection = select_or_fail(request_of(*args), device.info);
+    const Call call(args, Stage::kPlan);
     if (is_empty(*args)) return;
-    *bytes = find_family(kRows[selection.row].family).workspace_size(device, *args, selection.variant);
+    *bytes = call.family().workspace_size(*call.device, *args, call.selection.variant);
   });
 }
 
@@ -232,5 +253,38 @@ sagert_status sagert_attention(const sagert_attention_args* args) { return atten
 sagert_status sagert_quantize(const sagert_attention_args* args) { return attend(args, kPrepass); }
 
 sagert_status sagert_attend(const sagert_attention_args* args) { return attend(args, kAttend); }
+
+sagert_status sagert_kv_plan(const sagert_attention_args* args, sagert_kv_info* info) {
+  return guarded([&] {
+    check_struct(info, "info");
+    info->bytes = 0;
+    info->row = -1;
+    info->reads_v = 0;
+    sagert_attention_args own = kv_args(args, Stage::kPlan);
+    Device& device = Driver::get().device(own.device);
+    sagert_request request = request_of(own);
+    Selection selection = select_or_fail(request, device.info);
+    info->row = selection.row;
+    if (own.batch == 0) return;
+    const Family& family = find_family(kRows[selection.row].family);
+    KvSize size = family.kv_size(device, own, quantizing_variant(selection, request));
+    info->bytes = static_cast<uint64_t>(size.bytes);
+    info->reads_v = size.reads_v;
+  });
+}
+
+sagert_status sagert_quantize_kv(const sagert_attention_args* args) {
+  return guarded([&] {
+    sagert_attention_args own = kv_args(args, Stage::kRun);
+    Driver& driver = Driver::get();
+    Device& device = driver.device(own.device);
+    sagert_request request = request_of(own);
+    Selection selection = select_or_fail(request, device.info);
+    if (own.batch == 0) return;
+    const Family& family = find_family(kRows[selection.row].family);
+    ContextGuard guard(driver, driver.context(device));
+    family.run(driver, device, own, quantizing_variant(selection, request), kPrepareKv);
+  });
+}
 
 }  // extern "C"

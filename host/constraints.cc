@@ -149,6 +149,8 @@ uint32_t broken_constraints(const RowEntry& row, int32_t row_index, const sagert
     broken |= kGrid;
   }
   broken |= (request.flags & ~row.flags & kAllFlags) << kFlagShift;
+  constexpr uint32_t kPackedAndQuantized = SAGERT_FLAG_VARLEN | SAGERT_FLAG_QUANTIZED_KV;
+  if ((request.flags & kPackedAndQuantized) == kPackedAndQuantized) broken |= SAGERT_FLAG_QUANTIZED_KV << kFlagShift;
   constexpr uint32_t kVariantAxes = kDtype | kHeadDim | kHeadDimV | (SAGERT_FLAG_CAUSAL << kFlagShift);
   if ((broken & (kVariantAxes | kCapability)) == 0 && find_variant(row_index, request) < 0) broken |= kVariant;
   return broken;

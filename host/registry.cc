@@ -165,6 +165,13 @@ Selection select(const sagert_request& request, const sagert_device& device) {
   return best;
 }
 
+int32_t quantizing_variant(const Selection& selection, const sagert_request& request) {
+  sagert_request widest = request;
+  widest.flags |= kRows[selection.row].flags & (SAGERT_FLAG_CAUSAL | SAGERT_FLAG_MASK | SAGERT_FLAG_WINDOW);
+  int32_t variant = find_variant(selection.row, widest);
+  return variant >= 0 ? variant : selection.variant;
+}
+
 std::string explain_json(const sagert_request& request, const sagert_device& device) {
   Report report = make_report(request, device);
   Selection selection = select(request, device);

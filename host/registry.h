@@ -18,6 +18,9 @@ struct Selection {
 // The best row that accepts the request, if any. Allocates nothing. Both arguments have been checked.
 Selection select(const sagert_request& request, const sagert_device& device);
 
+// The variant of the selected row whose pre-pass gives K and V all that any call of the row may read of them.
+int32_t quantizing_variant(const Selection& selection, const sagert_request& request);
+
 // The document of sagert_explain.
 std::string explain_json(const sagert_request& request, const sagert_device& device);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "request.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -10,7 +11,7 @@
 namespace sagert {
 namespace {
 
-constexpr uint64_t kWorkspaceAlignment = 256;
+constexpr uint64_t kAlignment = 256;  // of the workspace and of quantized K and V
 constexpr double kLog2E = 1.4426950408889634;
 
 void check_sizes(const sagert_request& request) {
@@ -43,33 +44,6 @@ void check_sizes(const sagert_request& request) {
   check_product("out", request.batch, request.heads_q, request.seqlen_q, request.head_dim_v);
 }
 
-void check_content(const sagert_request& request) {
-  check_sizes(request);
-  if (request.dtype < SAGERT_DTYPE_FP16 || request.dtype > SAGERT_DTYPE_FP32) {
-    fail_argument("dtype is ", request.dtype, ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3)");
-  }
-  if (precision_name(request.precision) == nullptr) {
-    fail_argument("precision is ", request.precision, ", which is none of SAGERT_PRECISION_*: 0 (auto) to ",
-                  SAGERT_PRECISION_NVFP4, " (nvfp4)");
-  }
-  if ((request.flags & ~kAllFlags) != 0) {
-    fail_argument("flags is ", request.flags,
-                  ", which has bits that this library does not know: ", request.flags & ~kAllFlags);
-  }
-  if ((request.flags & SAGERT_FLAG_MASK) != 0 && dtype_name(request.mask_dtype) == nullptr) {
-    fail_argument("mask_dtype is ", request.mask_dtype,
-                  ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3), _BOOL (4)");
-  }
-  if ((request.flags & SAGERT_FLAG_WINDOW) != 0) {
-    if (request.window_left < -1) fail_argument("window_left is ", request.window_left, "; it must be at least -1");
-    if (request.window_right < -1) fail_argument("window_right is ", request.window_right, "; it must be at least -1");
-  }
-  if (request.row < 0 || request.row > kRowCount) {
-    fail_argument("row is ", request.row, "; it must be 0, or 1 more than the index of one of the ", kRowCount,
-                  " rows");
-  }
-}
-
 struct TensorShape {
   const char* name;
   const sagert_tensor& tensor;
@@ -77,6 +51,14 @@ struct TensorShape {
 
   bool empty() const { return size[0] == 0 || size[1] == 0 || size[2] == 0 || size[3] == 0; }
 };
+
+TensorShape k_of(const sagert_attention_args& args) {
+  return {"k", args.k, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim}};
+}
+
+TensorShape v_of(const sagert_attention_args& args) {
+  return {"v", args.v, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v}};
+}
 
 void check_tensor(const TensorShape& shape, bool written, Stage stage) {
   if (shape.empty()) return;
@@ -108,6 +90,33 @@ void check_tensor(const TensorShape& shape, bool written, Stage stage) {
 }
 
 }  // namespace
+
+void check_content(const sagert_request& request) {
+  check_sizes(request);
+  if (request.dtype < SAGERT_DTYPE_FP16 || request.dtype > SAGERT_DTYPE_FP32) {
+    fail_argument("dtype is ", request.dtype, ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3)");
+  }
+  if (precision_name(request.precision) == nullptr) {
+    fail_argument("precision is ", request.precision, ", which is none of SAGERT_PRECISION_*: 0 (auto) to ",
+                  SAGERT_PRECISION_NVFP4, " (nvfp4)");
+  }
+  if ((request.flags & ~kAllFlags) != 0) {
+    fail_argument("flags is ", request.flags,
+                  ", which has bits that this library does not know: ", request.flags & ~kAllFlags);
+  }
+  if ((request.flags & SAGERT_FLAG_MASK) != 0 && dtype_name(request.mask_dtype) == nullptr) {
+    fail_argument("mask_dtype is ", request.mask_dtype,
+                  ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3), _BOOL (4)");
+  }
+  if ((request.flags & SAGERT_FLAG_WINDOW) != 0) {
+    if (request.window_left < -1) fail_argument("window_left is ", request.window_left, "; it must be at least -1");
+    if (request.window_right < -1) fail_argument("window_right is ", request.window_right, "; it must be at least -1");
+  }
+  if (request.row < 0 || request.row > kRowCount) {
+    fail_argument("row is ", request.row, "; it must be 0, or 1 more than the index of one of the ", kRowCount,
+                  " rows");
+  }
+}
 
 void check_request(const sagert_request* request) {
   check_struct(request, "request");
@@ -147,23 +156,45 @@ sagert_request request_of(const sagert_attention_args& args) {
   return request;
 }
 
-void check_attention(const sagert_attention_args* args, Stage stage) {
+sagert_attention_args kv_args(const sagert_attention_args* args, Stage stage) {
   check_struct(args, "args");
-  check_content(request_of(*args));
-  if (!std::isfinite(args->scale) || !std::isfinite(static_cast<float>(args->scale * kLog2E))) {
-    fail_argument("scale is ", args->scale, "; it must be finite in 32-bit floating point");
+  sagert_attention_args own = *args;
+  own.struct_size = sizeof(own);
+  own.heads_q = std::max(own.heads_kv, int64_t{1});
+  own.seqlen_q = std::max(own.seqlen_k, int64_t{1});
+  own.q = own.out = sagert_tensor{};
+  own.lse = own.workspace = nullptr;
+  own.workspace_size = 0;
+  own.scale = 1.0;
+  own.flags |= SAGERT_FLAG_QUANTIZED_KV;
+  check_content(request_of(own));
+  check_tensor(k_of(own), false, stage);
+  check_tensor(v_of(own), false, stage);
+  return own;
+}
+
+void check_operands(const sagert_attention_args& args, Stage stage) {
+  if (!std::isfinite(args.scale) || !std::isfinite(static_cast<float>(args.scale * kLog2E))) {
+    fail_argument("scale is ", args.scale, "; it must be finite in 32-bit floating point");
   }
-  const TensorShape out{"out", args->out, {args->batch, args->heads_q, args->seqlen_q, args->head_dim_v}};
+  const TensorShape out{"out", args.out, {args.batch, args.heads_q, args.seqlen_q, args.head_dim_v}};
   // Without queries there is nothing to compute, and k and v are not read.
   if (out.empty()) return;
-  check_tensor({"q", args->q, {args->batch, args->heads_q, args->seqlen_q, args->head_dim}}, false, stage);
-  check_tensor({"k", args->k, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim}}, false, stage);
-  check_tensor({"v", args->v, {args->batch, args->heads_kv, args->seqlen_k, args->head_dim_v}}, false, stage);
+  check_tensor({"q", args.q, {args.batch, args.heads_q, args.seqlen_q, args.head_dim}}, false, stage);
+  if (has_quantized_kv(args)) {
+    if (args.row == 0) {
+      fail_argument("row is 0, but kv holds what one row quantized; set it to sagert_kv_info.row + 1");
+    }
+    check_tensor(v_of(args), false, Stage::kPlan);  // only some rows read it; check_kv sees when it is missing
+  } else {
+    check_tensor(k_of(args), false, stage);
+    check_tensor(v_of(args), false, stage);
+  }
   check_tensor(out, true, stage);
-  if ((args->flags & SAGERT_FLAG_LSE) != 0) {
-    if (args->lse == nullptr && stage == Stage::kRun) fail_argument("lse is NULL, but flags ask for it");
-    if (reinterpret_cast<uintptr_t>(args->lse) % 4 != 0) {
-      fail_argument("lse is not aligned to its 32-bit elements (address ", args->lse, ")");
+  if ((args.flags & SAGERT_FLAG_LSE) != 0) {
+    if (args.lse == nullptr && stage == Stage::kRun) fail_argument("lse is NULL, but flags ask for it");
+    if (reinterpret_cast<uintptr_t>(args.lse) % 4 != 0) {
+      fail_argument("lse is not aligned to its 32-bit elements (address ", args.lse, ")");
     }
   }
 }
@@ -171,12 +202,27 @@ void check_attention(const sagert_attention_args* args, Stage stage) {
 void check_workspace(const sagert_attention_args& args, uint64_t needed) {
   if (needed == 0) return;
   if (args.workspace == nullptr) fail_argument("workspace is NULL; ", needed, " bytes are needed");
-  if (reinterpret_cast<uintptr_t>(args.workspace) % kWorkspaceAlignment != 0) {
-    fail_argument("workspace is not aligned to ", kWorkspaceAlignment, " bytes (address ", args.workspace, ")");
+  if (reinterpret_cast<uintptr_t>(args.workspace) % kAlignment != 0) {
+    fail_argument("workspace is not aligned to ", kAlignment, " bytes (address ", args.workspace, ")");
   }
   if (args.workspace_size < needed) {
     fail_argument("workspace_size is ", args.workspace_size, " bytes, but ", needed,
                   " are needed; ask sagert_workspace_size with the same arguments");
+  }
+}
+
+void check_kv(const sagert_attention_args& args, uint64_t needed) {
+  if (needed == 0) return;
+  if (args.kv == nullptr) fail_argument("kv is NULL; ", needed, " bytes are needed");
+  if (reinterpret_cast<uintptr_t>(args.kv) % kAlignment != 0) {
+    fail_argument("kv is not aligned to ", kAlignment, " bytes (address ", args.kv, ")");
+  }
+  // Nothing in the buffer can be read here: its exact size is what tells other shapes, rows and forms of V apart.
+  if (args.kv_size != needed) {
+    fail_argument(
+        "kv_size is ", args.kv_size, " bytes, but K and V of this call take exactly ", needed,
+        "; pass kv_size as sagert_kv_plan gave it, with the row and the sizes of that call and, where it said "
+        "reads_v, its v");
   }
 }
 

@@ -23,11 +23,19 @@ void check_struct(const Struct* value, const char* name) {
 void check_request(const sagert_request* request);
 void check_device(const sagert_device* device);
 
+inline bool has_quantized_kv(const sagert_attention_args& args) { return (args.flags & SAGERT_FLAG_QUANTIZED_KV) != 0; }
+
 enum class Stage { kPlan, kRun };
 
-// Checks everything but the workspace. At kPlan null pointers are accepted: only sizes and layouts matter.
-void check_attention(const sagert_attention_args* args, Stage stage);
+// Checks what chooses a row.
+void check_content(const sagert_request& request);
+// Checks the rest of the arguments but the workspace. At kPlan null pointers are accepted: only layouts matter.
+void check_operands(const sagert_attention_args& args, Stage stage);
 void check_workspace(const sagert_attention_args& args, uint64_t needed);
+void check_kv(const sagert_attention_args& args, uint64_t needed);
+
+// The arguments of a call that quantizes K and V alone, checked: what it must not depend on is left out.
+sagert_attention_args kv_args(const sagert_attention_args* args, Stage stage);
 
 // The part of the arguments that chooses a row.
 sagert_request request_of(const sagert_attention_args& args);

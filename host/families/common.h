@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "../family.h"
+#include "../request.h"
 #include "sagert.h"
 
 namespace sagert {
@@ -25,10 +27,10 @@ inline Strides strides_of(const sagert_tensor& tensor, int64_t b, int64_t h, int
           d == 1 ? 1 : tensor.stride[3]};
 }
 
-// Rows are contiguous and aligned to 16 bytes, at strides that are multiples of `elements`.
+// Rows are contiguous and aligned to 16 bytes, at strides that are multiples of `elements`, a power of two.
 inline bool has_aligned_rows(const sagert_tensor& tensor, const Strides& strides, int64_t elements) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 && strides.b % elements == 0 &&
-         strides.h % elements == 0 && strides.s % elements == 0;
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && strides.d == 1 &&
+         ((strides.b | strides.h | strides.s) & (elements - 1)) == 0;
 }
 
 // How Q, K, V and the output lie in memory, and which of them the kernels may read or write by vectors: rows that are
@@ -54,7 +56,7 @@ inline Operands operands_of(const sagert_attention_args& args, int64_t padded_he
   return x;
 }
 
-// Hands out the workspace.
+// Hands out offsets into a buffer.
 class Layout {
  public:
   // The offset of a buffer; 0 for one that is not needed, whose pointer the kernels leave alone.
@@ -71,8 +73,27 @@ class Layout {
   int64_t size_ = 0;
 };
 
-inline const void* workspace_at(const sagert_attention_args& args, int64_t offset) {
-  return static_cast<const char*>(args.workspace) + offset;
+// Where buffers lie: `kv` has what quantization makes of K and V alone, `call` what one call needs besides. Where K and
+// V are not quantized by a call of their own, both are in the workspace, `kv` in front.
+struct Memory {
+  const char* kv = nullptr;
+  const char* call = nullptr;
+  int64_t kv_size = 0;
+  int64_t workspace_size = 0;
+
+  const void* in_kv(int64_t offset) const { return kv + offset; }
+  const void* in_call(int64_t offset) const { return call + offset; }
+};
+
+inline Memory memory_of(const sagert_attention_args& args, const Layout& kv, const Layout& call) {
+  const char* workspace = static_cast<const char*>(args.workspace);
+  if (has_quantized_kv(args)) return {static_cast<const char*>(args.kv), workspace, kv.size(), call.size()};
+  return {workspace, workspace + kv.size(), kv.size(), kv.size() + call.size()};
+}
+
+inline void check_memory(const sagert_attention_args& args, const Memory& memory, Phase phase) {
+  if (has_quantized_kv(args)) check_kv(args, static_cast<uint64_t>(memory.kv_size));
+  if (phase != kPrepareKv) check_workspace(args, static_cast<uint64_t>(memory.workspace_size));
 }
 
 constexpr const char* kQStrides[] = {"q_sb", "q_sh", "q_ss", "q_sd"};

@@ -35,10 +35,10 @@ struct Plan : Operands {
   const sagert_attention_args* args = nullptr;
   int64_t padded_head_dim = 0, seqlen_pad = 0, heads_kv_total = 0, heads_q_total = 0, parts = 0, part_rows = 0;
   bool smooth_k = false, write_lse = false, shift_lse = false, copy_v = false, direct_v = false;
-  // Offsets into the workspace; 0 for buffers that are not needed, whose pointers the kernels leave alone.
+  // Offsets into memory.kv and memory.call; 0 for buffers that are not needed, whose pointers the kernels leave alone.
   int64_t k_sum = 0, v_amax = 0, v_bad = 0, k_shift = 0, k8 = 0, k_scale = 0, v_out = 0, v_scale = 0, v_first = 0;
   int64_t q8 = 0, q_scale = 0, q_shift = 0;
-  int64_t size = 0;
+  Memory memory;
   // V as attention reads it.
   Strides attend_v{};
 };
@@ -47,21 +47,22 @@ void place_buffers(Plan& plan, const Traits& traits) {
   int64_t d = plan.padded_head_dim;
   int64_t keys = plan.heads_kv_total * plan.seqlen_pad;
   int64_t queries = plan.heads_q_total * plan.args->seqlen_q;
-  Layout layout;
+  Layout kv;
+  Layout call;
   constexpr int64_t kWord = 4;
-  plan.k_sum = layout.reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
-  plan.v_amax = layout.reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
-  plan.v_bad = layout.reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
-  plan.k_shift = layout.reserve(true, plan.heads_kv_total * d * kWord);
-  plan.k8 = layout.reserve(true, keys * d * traits.qk_bytes);
-  plan.k_scale = layout.reserve(true, keys * kWord);
-  plan.v_out = layout.reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
-  plan.v_scale = layout.reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
-  plan.v_first = layout.reserve(true, plan.heads_kv_total * 2 * d * kWord);
-  plan.q8 = layout.reserve(true, queries * d * traits.qk_bytes);
-  plan.q_scale = layout.reserve(true, queries * kWord);
-  plan.q_shift = layout.reserve(plan.shift_lse, queries * kWord);
-  plan.size = layout.size();
+  plan.k_sum = kv.reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_amax = kv.reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_bad = kv.reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
+  plan.k_shift = kv.reserve(true, plan.heads_kv_total * d * kWord);
+  plan.k8 = kv.reserve(true, keys * d * traits.qk_bytes);
+  plan.k_scale = kv.reserve(true, keys * kWord);
+  plan.v_out = kv.reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
+  plan.v_scale = kv.reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
+  plan.v_first = kv.reserve(true, plan.heads_kv_total * 2 * d * kWord);
+  plan.q8 = call.reserve(true, queries * d * traits.qk_bytes);
+  plan.q_scale = call.reserve(true, queries * kWord);
+  plan.q_shift = call.reserve(plan.shift_lse, queries * kWord);
+  plan.memory = memory_of(*plan.args, kv, call);
 }
 
 Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
@@ -80,7 +81,8 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
 
   plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
-  plan.shift_lse = plan.write_lse && plan.smooth_k && args.seqlen_k > 0;
+  // Of quantized K the buffer knows whether it was smoothed: without smoothing its shift is 0.
+  plan.shift_lse = plan.write_lse && (plan.smooth_k || has_quantized_kv(args)) && args.seqlen_k > 0;
   plan.direct_v = !traits.pv_fp8 && plan.v_vec && args.v.data != nullptr && args.seqlen_k > 0 &&
                   plan.v.s > -kDirectStrideMax && plan.v.s < kDirectStrideMax;
   plan.copy_v = !traits.pv_fp8 && !plan.direct_v;
@@ -95,16 +97,17 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   return plan;
 }
 
-const void* at(const Plan& plan, int64_t offset) { return workspace_at(*plan.args, offset); }
+const void* kv_at(const Plan& plan, int64_t offset) { return plan.memory.in_kv(offset); }
+const void* call_at(const Plan& plan, int64_t offset) { return plan.memory.in_call(offset); }
 
 template <typename Sink>
 void pass_kv_stats(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("K", args.k.data);
   sink.pointer("V", args.v.data);
-  sink.pointer("KSum", at(plan, plan.k_sum));
-  sink.pointer("VAmax", at(plan, plan.v_amax));
-  sink.pointer("VBad", at(plan, plan.v_bad));
+  sink.pointer("KSum", kv_at(plan, plan.k_sum));
+  sink.pointer("VAmax", kv_at(plan, plan.v_amax));
+  sink.pointer("VBad", kv_at(plan, plan.v_bad));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("heads_kv", narrow(args.heads_kv));
   sink.i32("parts", narrow(plan.parts));
@@ -122,15 +125,15 @@ void pass_quantize_kv(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("K", args.k.data);
   sink.pointer("V", args.v.data);
-  sink.pointer("KSum", at(plan, plan.k_sum));
-  sink.pointer("VAmax", at(plan, plan.v_amax));
-  sink.pointer("VBad", at(plan, plan.v_bad));
-  sink.pointer("KShift", at(plan, plan.k_shift));
-  sink.pointer("K8", at(plan, plan.k8));
-  sink.pointer("KScale", at(plan, plan.k_scale));
-  sink.pointer("VOut", at(plan, plan.v_out));
-  sink.pointer("VScale", at(plan, plan.v_scale));
-  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.pointer("KSum", kv_at(plan, plan.k_sum));
+  sink.pointer("VAmax", kv_at(plan, plan.v_amax));
+  sink.pointer("VBad", kv_at(plan, plan.v_bad));
+  sink.pointer("KShift", kv_at(plan, plan.k_shift));
+  sink.pointer("K8", kv_at(plan, plan.k8));
+  sink.pointer("KScale", kv_at(plan, plan.k_scale));
+  sink.pointer("VOut", kv_at(plan, plan.v_out));
+  sink.pointer("VScale", kv_at(plan, plan.v_scale));
+  sink.pointer("VFirst", kv_at(plan, plan.v_first));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("seqlen_pad", narrow(plan.seqlen_pad));
   sink.i32("heads_kv", narrow(args.heads_kv));
@@ -149,10 +152,10 @@ template <typename Sink>
 void pass_quantize_q(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("Q", args.q.data);
-  sink.pointer("KShift", at(plan, plan.k_shift));
-  sink.pointer("Q8", at(plan, plan.q8));
-  sink.pointer("QScale", at(plan, plan.q_scale));
-  sink.pointer("QShift", at(plan, plan.q_shift));
+  sink.pointer("KShift", kv_at(plan, plan.k_shift));
+  sink.pointer("Q8", call_at(plan, plan.q8));
+  sink.pointer("QScale", call_at(plan, plan.q_scale));
+  sink.pointer("QShift", call_at(plan, plan.q_shift));
   sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
   sink.i32("seqlen_q", narrow(args.seqlen_q));
   sink.i32("heads_q", narrow(args.heads_q));
@@ -166,16 +169,16 @@ void pass_quantize_q(Sink& sink, const Plan& plan) {
 template <typename Sink>
 void pass_attention(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
-  sink.pointer("Q8", at(plan, plan.q8));
-  sink.pointer("QScale", at(plan, plan.q_scale));
-  sink.pointer("QShift", at(plan, plan.q_shift));
-  sink.pointer("K8", at(plan, plan.k8));
-  sink.pointer("KScale", at(plan, plan.k_scale));
-  sink.pointer("V", plan.direct_v ? args.v.data : at(plan, plan.v_out));
-  sink.pointer("VScale", at(plan, plan.v_scale));
-  sink.pointer("VFirst", at(plan, plan.v_first));
+  sink.pointer("Q8", call_at(plan, plan.q8));
+  sink.pointer("QScale", call_at(plan, plan.q_scale));
+  sink.pointer("QShift", call_at(plan, plan.q_shift));
+  sink.pointer("K8", kv_at(plan, plan.k8));
+  sink.pointer("KScale", kv_at(plan, plan.k_scale));
+  sink.pointer("V", plan.direct_v ? args.v.data : kv_at(plan, plan.v_out));
+  sink.pointer("VScale", kv_at(plan, plan.v_scale));
+  sink.pointer("VFirst", kv_at(plan, plan.v_first));
   sink.pointer("Out", args.out.data);
-  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
   sink.i32("seqlen_q", narrow(args.seqlen_q));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("seqlen_pad", narrow(plan.seqlen_pad));
@@ -261,14 +264,19 @@ class Portable : public Family {
   }
 
   uint64_t workspace_size(const Device&, const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).size);
+    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).memory.workspace_size);
+  }
+
+  KvSize kv_size(const Device&, const sagert_attention_args& args, int32_t variant) const override {
+    Plan plan = make_plan(args, kVariants[variant], traits(variant));
+    return {plan.memory.kv_size, plan.direct_v};
   }
 
   void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
            Phase phase) const override {
     const VariantEntry& entry = kVariants[variant];
     Plan plan = make_plan(args, entry, traits(variant));
-    check_workspace(args, static_cast<uint64_t>(plan.size));
+    check_memory(args, plan.memory, phase);
     // All kernels are made ready before the first is launched: a failure leaves nothing half done.
     CUkernel kernels[kRoles] = {};
     for (int role = 0; role < kRoles; ++role) {
@@ -284,7 +292,9 @@ class Portable : public Family {
   }
 
  private:
-  static bool in_phase(int role, Phase phase) { return (phase & (role == kAttention ? kAttend : kPrepass)) != 0; }
+  static bool in_phase(int role, Phase phase) {
+    return (phase & (role == kAttention ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+  }
 
   const Traits& traits(int32_t variant) const {
     const Traits& traits = traits_[static_cast<size_t>(variant)];

@@ -3,6 +3,7 @@
 #include "wgmma.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -45,10 +46,10 @@ struct Plan : Operands {
   Pv pv = Pv::kFp8;
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0, parts = 1;
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
-  // Offsets into the workspace.
+  // Offsets into memory.kv and, the second line, memory.call.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
   int64_t part_out = 0, part_lse = 0;
-  int64_t size = 0;
+  Memory memory;
   CUtensorMap v_map{};
 };
 
@@ -57,20 +58,21 @@ void place_buffers(Plan& plan) {
   int64_t heads = plan.heads_kv_total;
   int64_t blocks = heads * plan.blocks;
   bool quantized_v = plan.pv != Pv::kIo;
-  Layout layout;
-  plan.k8 = layout.reserve(true, blocks * kBlock * d);
-  plan.k_scale = layout.reserve(true, blocks * kKeyGroups * kWord);
-  plan.k_bad = layout.reserve(true, blocks * kKeyGroups * kWord);
-  plan.k_shift = layout.reserve(true, heads * d * kWord);
-  plan.v8 = layout.reserve(quantized_v || plan.copy_v, blocks * kBlock * d * (quantized_v ? 1 : kHalf));
-  plan.v_scale = layout.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
-  plan.v_mean = layout.reserve(quantized_v, heads * d * kWord);
-  plan.v_first = layout.reserve(plan.v_stats, heads * 2 * d * kWord);
-  plan.head_flags = layout.reserve(true, heads * 2 * kWord);
+  Layout kv;
+  Layout call;
+  plan.k8 = kv.reserve(true, blocks * kBlock * d);
+  plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_shift = kv.reserve(true, heads * d * kWord);
+  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * kBlock * d * (quantized_v ? 1 : kHalf));
+  plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
+  plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);
+  plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);
+  plan.head_flags = kv.reserve(true, heads * 2 * kWord);
   const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
-  plan.part_out = layout.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
-  plan.part_lse = layout.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
-  plan.size = layout.size();
+  plan.part_out = call.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
+  plan.part_lse = call.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
+  plan.memory = memory_of(*plan.args, kv, call);
 }
 
 // Whether a tensor map can describe V. It fills what lies beyond head_dim_v with zeros.
@@ -91,6 +93,7 @@ int64_t section_of(const Plan& plan) {
 // leave each multiprocessor one part at most, so that the parts take a workspace of some 10 MB at most.
 int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
   const int64_t tiles = plan.tiles * plan.heads_q_total;
+  if (2 * tiles > device.info.multiprocessors) return 1;
   const bool causal = (plan.args->flags & SAGERT_FLAG_CAUSAL) != 0;
   const int64_t seen = causal ? std::min(plan.blocks, ceil_div(plan.tiles * tile, kBlock)) : plan.blocks;
   const int64_t parts = std::min({device.info.multiprocessors / tiles, seen / kBlocksPerPart, kPartsMax});
@@ -119,17 +122,25 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
   bool direct_v = plan.pv == Pv::kIo && args.v.data != nullptr && args.seqlen_k > 0 && is_mappable(args.v, plan.v);
   plan.copy_v = plan.pv == Pv::kIo && !direct_v;
   // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are.
-  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0;
+  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0 || has_quantized_kv(args);
   plan.v_jobs = plan.v_stats || plan.copy_v;
   place_buffers(plan);
   return plan;
 }
 
-const void* at(const Plan& plan, int64_t offset) { return workspace_at(*plan.args, offset); }
+const void* kv_at(const Plan& plan, int64_t offset) { return plan.memory.in_kv(offset); }
+const void* call_at(const Plan& plan, int64_t offset) { return plan.memory.in_call(offset); }
 
-// The map of V as attention reads it: the caller's tensor, or the padded copy.
-void encode_v_map(const Driver& driver, Plan& plan) {
+// What the map of V is made of: the caller's tensor as attention reads it, or the padded copy.
+struct MapKey {
+  const void* data;
+  uint64_t sizes[4];
+  uint64_t byte_strides[3];
+};
+
+MapKey v_map_key(const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
+  auto u64 = [](int64_t value) { return static_cast<uint64_t>(value); };
   int64_t keys = args.seqlen_k;
   int64_t channels = args.head_dim_v;
   Strides strides = plan.v;
@@ -138,24 +149,43 @@ void encode_v_map(const Driver& driver, Plan& plan) {
     keys = plan.blocks * kBlock;
     channels = plan.padded_head_dim;
     strides = {args.heads_kv * keys * channels, keys * channels, channels, 1};
-    data = at(plan, plan.v8);
+    data = kv_at(plan, plan.v8);
   }
-  auto u64 = [](int64_t value) { return static_cast<uint64_t>(value); };
-  const uint64_t sizes[] = {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)};
-  const uint64_t byte_strides[] = {u64(strides.s * kHalf), u64(strides.h * kHalf), u64(strides.b * kHalf)};
-  constexpr uint32_t kBox[] = {64, static_cast<uint32_t>(kBlock), 1, 1};  // 64 channels: the width of the swizzle
-  constexpr uint32_t kSteps[] = {1, 1, 1, 1};
-  CUresult result = driver.api().cuTensorMapEncodeTiled(
-      &plan.v_map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, byte_strides, kBox, kSteps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  driver.check(result, "encoding the tensor map of V");
+  return {data,
+          {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)},
+          {u64(strides.s * kHalf), u64(strides.h * kHalf), u64(strides.b * kHalf)}};
+}
+
+// The driver takes longer to encode a map than the rest of a call takes, and a program's V often stays where it is:
+// each thread keeps its last map, a pure function of the key.
+void encode_v_map(const Driver& driver, Plan& plan) {
+  static_assert(sizeof(MapKey) == 64, "compared byte by byte");
+  struct LastMap {
+    MapKey key;  // data is null in the beginning, but never in use
+    CUtensorMap map;
+  };
+  thread_local LastMap last;
+  MapKey key = v_map_key(plan);
+  if (std::memcmp(&key, &last.key, sizeof(key)) != 0) {
+    constexpr uint32_t kBox[] = {64, static_cast<uint32_t>(kBlock), 1, 1};  // 64 channels: the width of the swizzle
+    constexpr uint32_t kSteps[] = {1, 1, 1, 1};
+    CUtensorMap map;
+    CUresult result = driver.api().cuTensorMapEncodeTiled(
+        &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(key.data), key.sizes, key.byte_strides, kBox, kSteps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    driver.check(result, "encoding the tensor map of V");
+    last = {key, map};
+  }
+  plan.v_map = last.map;
 }
 
 // Blocks that share the K or V of a head: few when there are many heads, more when the heads being worked on would not
-// stay in L2, at most a key block each.
-int64_t prepass_cluster(const Device& device, const KernelEntry& kernel, const Plan& plan, int64_t jobs) {
+// stay in L2, at most a key block each. The order of the statistics' sums depends on it, so it counts V only where V is
+// always quantized: K becomes the same bits whatever a call needs of V.
+int64_t prepass_cluster(const Device& device, const KernelEntry& kernel, const Plan& plan) {
   int64_t resident = device.info.multiprocessors * kPrepassBlocksPerSm;
+  int64_t jobs = plan.heads_kv_total * (plan.pv == Pv::kIo ? 1 : 2);
   int64_t job_bytes = plan.blocks * kBlock * plan.padded_head_dim * kHalf;
   int64_t wanted = std::max(ceil_div(resident * 3, jobs * 4), ceil_div(resident * job_bytes, kPrepassL2Bytes));
   wanted = std::min({wanted, plan.blocks, int64_t{kernel.cluster}});
@@ -169,15 +199,15 @@ void pass_quantize_kv(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("K", args.k.data);
   sink.pointer("V", args.v.data);
-  sink.pointer("K8", at(plan, plan.k8));
-  sink.pointer("KScale", at(plan, plan.k_scale));
-  sink.pointer("KBad", at(plan, plan.k_bad));
-  sink.pointer("KShift", at(plan, plan.k_shift));
-  sink.pointer("V8", at(plan, plan.v8));
-  sink.pointer("VScale", at(plan, plan.v_scale));
-  sink.pointer("VMean", at(plan, plan.v_mean));
-  sink.pointer("VFirst", at(plan, plan.v_first));
-  sink.pointer("HeadFlags", at(plan, plan.head_flags));
+  sink.pointer("K8", kv_at(plan, plan.k8));
+  sink.pointer("KScale", kv_at(plan, plan.k_scale));
+  sink.pointer("KBad", kv_at(plan, plan.k_bad));
+  sink.pointer("KShift", kv_at(plan, plan.k_shift));
+  sink.pointer("V8", kv_at(plan, plan.v8));
+  sink.pointer("VScale", kv_at(plan, plan.v_scale));
+  sink.pointer("VMean", kv_at(plan, plan.v_mean));
+  sink.pointer("VFirst", kv_at(plan, plan.v_first));
+  sink.pointer("HeadFlags", kv_at(plan, plan.head_flags));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("blocks", narrow(plan.blocks));
   sink.i32("heads_kv", narrow(args.heads_kv));
@@ -197,21 +227,21 @@ template <typename Sink>
 void pass_attention(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("Q", args.q.data);
-  sink.pointer("K8", at(plan, plan.k8));
-  sink.pointer("KScale", at(plan, plan.k_scale));
-  sink.pointer("KBad", at(plan, plan.k_bad));
-  sink.pointer("KShift", at(plan, plan.k_shift));
+  sink.pointer("K8", kv_at(plan, plan.k8));
+  sink.pointer("KScale", kv_at(plan, plan.k_scale));
+  sink.pointer("KBad", kv_at(plan, plan.k_bad));
+  sink.pointer("KShift", kv_at(plan, plan.k_shift));
   if (plan.pv == Pv::kIo) {
     sink.tensormap("VMap", plan.v_map);
   } else {
-    sink.pointer("V8", at(plan, plan.v8));
+    sink.pointer("V8", kv_at(plan, plan.v8));
   }
-  sink.pointer("VScale", at(plan, plan.v_scale));
-  sink.pointer("VMean", at(plan, plan.v_mean));
-  sink.pointer("VFirst", at(plan, plan.v_first));
-  sink.pointer("HeadFlags", at(plan, plan.head_flags));
+  sink.pointer("VScale", kv_at(plan, plan.v_scale));
+  sink.pointer("VMean", kv_at(plan, plan.v_mean));
+  sink.pointer("VFirst", kv_at(plan, plan.v_first));
+  sink.pointer("HeadFlags", kv_at(plan, plan.head_flags));
   sink.pointer("Out", args.out.data);
-  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
   sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
   sink.i32("seqlen_q", narrow(args.seqlen_q));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
@@ -228,17 +258,17 @@ void pass_attention(Sink& sink, const Plan& plan) {
   sink.i32("q_vec", plan.q_vec);
   sink.i32("o_vec", plan.out_vec);
   sink.i32("write_lse", plan.write_lse);
-  sink.pointer("PartOut", at(plan, plan.part_out));
-  sink.pointer("PartLse", at(plan, plan.part_lse));
+  sink.pointer("PartOut", call_at(plan, plan.part_out));
+  sink.pointer("PartLse", call_at(plan, plan.part_lse));
 }
 
 template <typename Sink>
 void pass_combine(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
-  sink.pointer("PartOut", at(plan, plan.part_out));
-  sink.pointer("PartLse", at(plan, plan.part_lse));
+  sink.pointer("PartOut", call_at(plan, plan.part_out));
+  sink.pointer("PartLse", call_at(plan, plan.part_lse));
   sink.pointer("Out", args.out.data);
-  sink.pointer("Lse", plan.write_lse ? args.lse : at(plan, 0));
+  sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
   sink.i32("seqlen_q", narrow(args.seqlen_q));
   sink.i32("heads_q", narrow(args.heads_q));
   sink.i32("heads_total", narrow(plan.heads_q_total));
@@ -312,15 +342,20 @@ class Wgmma : public Family {
   }
 
   uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).size);
+    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).memory.workspace_size);
+  }
+
+  KvSize kv_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
+    Plan plan = make_plan(device, args, kVariants[variant], traits(variant));
+    return {plan.memory.kv_size, plan.pv == Pv::kIo && !plan.copy_v};
   }
 
   void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
            Phase phase) const override {
     const VariantEntry& entry = kVariants[variant];
     Plan plan = make_plan(device, args, entry, traits(variant));
-    check_workspace(args, static_cast<uint64_t>(plan.size));
-    bool prepass = (phase & kPrepass) != 0;
+    check_memory(args, plan.memory, phase);
+    bool prepass = (phase & kPrepareKv) != 0;
     bool attend = (phase & kAttend) != 0;
     // Everything is made ready before the first launch: a failure leaves nothing half done.
     CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
@@ -333,7 +368,7 @@ class Wgmma : public Family {
       KernelParameters parameters;
       pass_quantize_kv(parameters, plan);
       int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
-      int64_t cluster = prepass_cluster(device, kernel, plan, jobs);
+      int64_t cluster = prepass_cluster(device, kernel, plan);
       launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
     }
     if (attend) {

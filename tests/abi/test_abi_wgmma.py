@@ -229,6 +229,25 @@ def test_large_clusters_are_allowed_once(fake_library, stub, tmp_path, precision
     assert all("quantize_kv" in line for line in lines)
 
 
+def test_the_map_of_v_is_encoded_when_v_changes(fake_library, stub, tmp_path):
+    code = f"""
+args = abi.attention_args(precision={abi.INT8_FP16})
+result = []
+for address in (3 << 32, 3 << 32, 6 << 32, 6 << 32, 3 << 32):
+    args.v.data = address
+    result.append(lib.attention(args))
+args.v.stride[1] *= 2
+result += [lib.attention(args), lib.attention(args)]
+"""
+    log = tmp_path / "log"
+    assert stub.run(fake_library, code, log=log, STUB_CAPABILITY=100) == [abi.OK] * 7
+    encoded = [line.split() for line in calls(log, "cuTensorMapEncodeTiled")]
+    addresses = [int(words[words.index("address") + 1]) >> 32 for words in encoded]
+    assert addresses == [3, 6, 3, 3]
+    used = [int(line.split()[line.split().index("params") + 6]) for line in calls(log, "cuLaunchKernelEx")[1::2]]
+    assert used == [1, 1, 2, 2, 3, 4, 4]
+
+
 def test_driver_errors(fake_library, stub, tmp_path):
     code = f"""
 args = abi.attention_args(precision={abi.INT8_FP16})

@@ -73,9 +73,14 @@ class AttentionArgs(_Sized):
     ]  # fmt: skip
 
 
+class KvInfo(_Sized):
+    _fields_ = [("struct_size", c_uint64), ("bytes", c_uint64), ("row", c_int32), ("reads_v", c_int32)]
+
+
 STRUCTS = {
     "sagert_request": Request, "sagert_device": Device, "sagert_row": Row, "sagert_bundle": Bundle,
     "sagert_selection": Selection, "sagert_tensor": Tensor, "sagert_attention_args": AttentionArgs,
+    "sagert_kv_info": KvInfo,
 }  # fmt: skip
 
 
@@ -171,3 +176,8 @@ class Library:
         """Status and bytes."""
         size = c_uint64()
         return self.c.sagert_workspace_size(ctypes.byref(args), ctypes.byref(size)), size.value
+
+    def kv_plan(self, args: AttentionArgs) -> tuple[int, KvInfo]:
+        """Status and what K and V take when they are quantized once."""
+        info = KvInfo()
+        return self.c.sagert_kv_plan(ctypes.byref(args), ctypes.byref(info)), info

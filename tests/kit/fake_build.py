@@ -28,7 +28,7 @@ from tests.kit import abi
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
 ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")
-FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K
+FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K | abi.QUANTIZED_KV
 ANY = (0, 2**63 - 1)
 
 

@@ -8,6 +8,7 @@
  *   STUB_LOG          file that receives one line per call
  *   STUB_TYPES        file of lines "symbol types", types being one letter per parameter: p, l (64 bits), i, f,
  *                     t (tensor map, shown as the number of its encoding)
+ * Memory is the host's, so that programs can fill it and read it back; launches leave it alone.
  * It insists on what the real one insists on: cuInit first, a current context, relaxed capture mode to load code, no
  * use after fork, aligned tensor maps, whole clusters, leave for large ones. A symbol is dropped by compiling with
  * -DcuName=absent. */
@@ -249,6 +250,38 @@ API int cuKernelSetAttribute(int attribute, int value, void* kernel, int device)
   if (attribute == 14) ((kernel_record*)kernel)->large_clusters = value;
   return env_int("STUB_ATTRIBUTE", 0);
 }
+
+API int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+  REQUIRE_INIT();
+  if (t_depth == 0) return 201;
+  *address = (uintptr_t)aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *address != 0 ? 0 : 2;
+}
+
+API int cuMemFree_v2(uint64_t address) {
+  free((void*)(uintptr_t)address);
+  return 0;
+}
+
+API int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
+  memcpy((void*)(uintptr_t)to, from, bytes);
+  return 0;
+}
+
+API int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
+  memcpy(to, (const void*)(uintptr_t)from, bytes);
+  return 0;
+}
+
+API int cuStreamCreate(void** stream, unsigned flags) {
+  (void)flags;
+  *stream = (void*)(uintptr_t)0x5000;
+  return 0;
+}
+
+API int cuStreamSynchronize(void* stream) { return stream == (void*)(uintptr_t)0x5000 ? 0 : 400; }
+
+API int cuStreamDestroy_v2(void* stream) { return stream == (void*)(uintptr_t)0x5000 ? 0 : 400; }
 
 static void format_parameters(const char* symbol, void** parameters, char* out, size_t size) {
   const char* path = getenv("STUB_TYPES");

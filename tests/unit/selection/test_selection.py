@@ -36,7 +36,7 @@ REFUSED = {  # request, code of the reason that every row on the device has
     "varlen": ({"flags": abi.VARLEN}, "varlen", "padded"),
     "window": ({"flags": abi.WINDOW}, "window", "drop the window"),
     "bottom right": ({"flags": abi.CAUSAL | abi.BOTTOM_RIGHT}, "bottom_right", "top-left"),
-    "quantized": ({"flags": abi.QUANTIZED_KV}, "quantized_kv", "pass k and v"),
+    "quantized": ({"flags": abi.QUANTIZED_KV | abi.VARLEN}, "quantized_kv", "pass k and v"),
     "grid": ({"batch": 1 << 31}, "grid", "split the batch"),
 }
 
