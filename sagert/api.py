@@ -13,10 +13,11 @@ from sagert import checks, ops, sdpa
 from sagert import fallback as fallback_module
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.kv import QuantizedKV
-from sagert.launch import PLANS
 from sagert.options import Options
+from sagert.plans import PLANS, Keep, tensor_key
 from sagert.visibility import pattern
 
+_is_compiling = torch.compiler.is_compiling
 Window = tuple[int | None, int | None]
 
 
@@ -97,20 +98,24 @@ def attention(
     the reference in torch, with the same arithmetic ("auto" is "int8_fp16" there): correct, not fast.
     """
     key: Any = None
-    if attn_mask is None and out is None and not torch.compiler.is_compiling():
-        # A plain call that was made before needs no checks, no selection and no packing: see launch.Plan.
+    if not _is_compiling():
+        # A call like one that was made before needs no checks, no selection and no packing: see launch.Plan.
         try:
             key = (
                 q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
                 v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
                 dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
                 causal_alignment, window,
+                None if attn_mask is None else tensor_key(attn_mask),
+                None if out is None else tensor_key(out),
             )  # fmt: skip
             plan = PLANS.by_key.get(key)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             key = plan = None  # no plain tensors, or something malformed, which the checks below name
-        if plan is not None and ops.is_plain(q, k, v, plan.half):  # type: ignore[arg-type]
-            return plan.attend(q, k, v)  # type: ignore[arg-type, no-any-return]
+        if plan is not None:
+            given: Any = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+            if ops.is_plain(given if out is None else (*given, out), plan.half):
+                return plan.attend(given, out)  # type: ignore[no-any-return]
 
     checks.check_layout(layout)
     q, k, v, attn_mask = autocast(q, q, k, v, attn_mask)
@@ -169,7 +174,8 @@ def attention(
             sizes = (k.shape[1], k.shape[2], k.head_dim_v, k.row)
             result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options)
         else:
-            result, lse = ops.call("attention", out, q, k, v, attn_mask, *options, key=key, layout=layout)
+            keep = None if key is None else Keep(key, layout)
+            result, lse = ops.call("attention", out, q, k, v, attn_mask, *options, keep=keep)
     if layout == "BSHD":
         result = result.transpose(1, 2)
     return (result, lse) if return_lse else result  # type: ignore[return-value]

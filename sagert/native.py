@@ -170,6 +170,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "sagert_attention": (_status, [ctypes.c_void_p]),
     "sagert_quantize": (_status, [ctypes.c_void_p]),
     "sagert_attend": (_status, [ctypes.c_void_p]),
+    "sagert_kv_plan": (_status, [ctypes.c_void_p, _P(KvInfo)]),
+    "sagert_quantize_kv": (_status, [ctypes.c_void_p]),
 }
 
 

@@ -65,6 +65,7 @@ def _head_dim_v(name: str, arguments: tuple[Any, ...]) -> int:
 # What says that no tracing or transforming mode looks on. Absent in some torch: then every call is an operator call.
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 _HAS_DIRECT = _dispatch_modes is not None and _transforms is not None
 
 
@@ -83,20 +84,23 @@ def is_direct(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def is_plain(q: Tensor, k: Tensor, v: Tensor, half: bool) -> bool:
+def is_plain(tensors: tuple[Tensor, ...], half: bool) -> bool:
     """is_direct, and no autocast or gradients, which a Plan does not know of; its key says that they are on CUDA."""
-    return (
-        type(q) is Tensor
-        and type(k) is Tensor
-        and type(v) is Tensor
-        and _HAS_DIRECT
-        and _dispatch_modes() == 0
-        and _transforms() is None
-        and not torch.is_autocast_enabled("cuda")
-        and forward_ad._current_level < 0
-        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and not (half and (q.is_neg() or k.is_neg() or v.is_neg()))  # no complex type has bf16 parts
-    )
+    if (
+        not _HAS_DIRECT
+        or _dispatch_modes() != 0
+        or _transforms() is not None
+        or _is_autocast_enabled("cuda")
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    grad = _is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or (grad and tensor.requires_grad):
+            return False
+        if half and tensor.is_neg():  # no complex type has bf16 parts
+            return False
+    return True
 
 
 def in_transform() -> bool:

@@ -6,12 +6,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from sagert import checks, ops, sdpa
 from sagert import fallback as fallback_module
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.options import Options
+from sagert.plans import PLANS, Keep, tensor_key
 from sagert.visibility import pattern
 
 Window = tuple[int | None, int | None]
@@ -75,6 +77,22 @@ def attention_varlen(
     Returns:
         The result [total_q, H, Dv] in q's dtype and memory order, or (result, lse). Raises as `attention` does.
     """
+    key: Any = None
+    if not validate and not torch.compiler.is_compiling():
+        try:  # as in attention()
+            key = (
+                *map(tensor_key, (q, k, v, cu_seqlens_q, cu_seqlens_k)), max_seqlen_q, max_seqlen_k, is_causal, scale,
+                enable_gqa, precision, return_lse, smooth_k, fallback, causal_alignment, window,
+                None if out is None else tensor_key(out),
+            )  # fmt: skip
+            plan = PLANS.by_key.get(key)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            key = plan = None
+        if plan is not None:
+            given = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+            if ops.is_plain(given if out is None else (*given, out), plan.half):
+                return plan.attend(given, out)  # type: ignore[no-any-return]
+
     q, k, v = autocast(q, q, k, v)
     checks.check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa)
     scale = checks.check_scale(scale, q.shape[2])
@@ -84,7 +102,8 @@ def attention_varlen(
     if validate:
         checks.validate_segments("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         checks.validate_segments("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    if not (cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()):
+        cu_seqlens_q, cu_seqlens_k, key = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         checks.check_out(out, (q.shape[0], q.shape[1], v.shape[2]), q, inputs, checks.PACKED)
@@ -114,5 +133,7 @@ def attention_varlen(
         seen.window_right, seen.bottom_right,
     )  # fmt: skip
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    result, lse = ops.call("attention_varlen", out, q, k, v, *lengths, *options)
+    result, lse = ops.call(
+        "attention_varlen", out, q, k, v, *lengths, *options, keep=None if key is None else Keep(key)
+    )
     return (result, lse) if return_lse else result  # type: ignore[return-value]
