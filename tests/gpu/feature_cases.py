@@ -128,6 +128,8 @@ KINDS: dict[str, frozenset[str]] = {
     "varlen_causal": frozenset({"varlen", "causal"}),
     "varlen_window": frozenset({"varlen", "window", "causal", "bottom_right"}),
     "mask_again": frozenset({"mask"}),
+    "plain_again": frozenset(),
+    "causal_again": frozenset({"causal"}),
 }
 
 
@@ -173,14 +175,14 @@ def make_case(index: int, features: frozenset[str], head_dim: int, rng: random.R
         turn, shape = index // len(KINDS), SHAPES[index // 3 % len(SHAPES)]
         biases = BIASES if shape.endswith("k") and "window" not in features else BIASES[:-1]
         mask = MaskSpec(
-            list(PATTERNS)[index // 2 % len(PATTERNS)],
+            list(PATTERNS)[(turn + index) % len(PATTERNS)],
             DTYPES[(turn + turn // len(PATTERNS)) % len(DTYPES)],  # so that each meets every pattern
             shape,
             rng.choice(MASK_MEMORY),
             rng.choice(biases),
         )
     odd = rng.random()
-    head_dim_v = head_dim if odd < 0.7 else rng.choice((32, 64, 72, 128, 33, head_dim // 2 + 1))
+    head_dim_v = head_dim if odd < 0.75 else rng.choice((32, 64, 72, 128, 33, head_dim // 2 + 1))
     return FeatureCase(
         index=index,
         batch=batch,
@@ -199,7 +201,7 @@ def make_case(index: int, features: frozenset[str], head_dim: int, rng: random.R
         segments=segments,
         lse=rng.random() < 0.8,
         scale=None if rng.random() < 0.8 else round(rng.choice((0.1, 0.6)) * head_dim**-0.5, 5),
-        smooth_k=rng.random() < 0.9,
+        smooth_k=rng.random() < 0.8,
     )
 
 
@@ -213,6 +215,8 @@ def generated(count: int, limits: Limits = EVERYTHING) -> list[FeatureCase]:
         turn = index // 4 * 3 + index % 4 - 1  # counts the indices that 4 does not divide
         head_dim = common[index // 4 % len(common)] if index % 4 == 0 else 1 + turn * 37 % limits.head_dim_max
         features = kinds[index % len(kinds)]
+        if features <= {"causal"} and index // len(kinds) % 4:  # most rows for these take 128 at most
+            head_dim = (head_dim - 1) % 128 + 1
         made.append(make_case(index, features, min(head_dim, limits.head_dim_max), rng))
     return made
 
