@@ -200,7 +200,8 @@ def make_case(index: int, features: frozenset[str], head_dim: int, rng: random.R
         mask=mask,
         segments=segments,
         lse=rng.random() < 0.8,
-        scale=None if rng.random() < 0.8 else round(rng.choice((0.1, 0.6)) * head_dim**-0.5, 5),
+        # Flatter scores make all queries' outputs alike: too few independent errors for a row's tolerance.
+        scale=None if rng.random() < 0.8 else round(rng.choice((0.6, 0.8)) * head_dim**-0.5, 5),
         smooth_k=rng.random() < 0.8,
     )
 
