@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from native_call import NativeCall
 from report import RESULTS, environment, write_json
-from split import SplitAttention
 
 import sagert
 
@@ -44,6 +44,34 @@ def import_milliseconds() -> float:
     return statistics.median(times)
 
 
+def feature_calls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, precision: str) -> dict[str, Callable[[], object]]:
+    """Calls with a feature each, on inputs of [B, H, S, D]; the packed ones are the same tokens in B sequences."""
+    batch, heads, length, dim = q.shape
+    mask = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    bias = torch.zeros(batch, 1, length, length, device=q.device)
+    packed = [t.transpose(1, 2).reshape(batch * length, heads, dim) for t in (q, k, v)]
+    bounds = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
+    kept: list[Any] = []
+
+    def over_quantized() -> object:
+        if not kept:
+            kept.append(sagert.quantize_kv(k, v, precision=precision))
+        return sagert.attention(q, kept[0], precision=precision)
+
+    return {
+        "sagert.attention, bool mask": lambda: sagert.attention(q, k, v, mask, precision=precision),
+        "sagert.attention, fp32 mask": lambda: sagert.attention(q, k, v, bias, precision=precision),
+        "sagert.attention, causal, window": lambda: sagert.attention(
+            q, k, v, is_causal=True, window=(64, 0), precision=precision
+        ),
+        "sagert.attention_varlen": lambda: sagert.attention_varlen(
+            *packed, bounds, bounds, length, length, precision=precision
+        ),
+        "sagert.quantize_kv": lambda: sagert.quantize_kv(k, v, precision=precision),
+        "sagert.attention, QuantizedKV": over_quantized,
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="int8_fp8")
@@ -59,7 +87,7 @@ def main() -> int:
 
     q, k, v = (torch.randn(1, 8, 128, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out = torch.empty_like(q)
-    split = SplitAttention(q, k, v, out, causal=False, precision=args.precision)
+    split = NativeCall(q, k, v, out, causal=False, precision=args.precision)
 
     def library() -> None:  # the library's part: both steps, arguments ready
         split.quantize()
@@ -71,6 +99,13 @@ def main() -> int:
         "library only (launches included)": library,
         "torch SDPA, for comparison": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v),
     }
+    for name, call in feature_calls(q, k, v, args.precision).items():
+        try:
+            call()
+        except sagert.errors.UnsupportedError as refused:
+            sys.stdout.write(f"{name}: {str(refused).splitlines()[0]}\n")
+        else:
+            calls[name] = call
     run |= {"environment": environment(), "shape": list(q.shape), "precision": args.precision}
     run["microseconds"] = {name: microseconds(call, args.calls, args.batches) for name, call in calls.items()}
     cost = run["microseconds"]

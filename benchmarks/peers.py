@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from split import SplitAttention
+from native_call import NativeCall
 from timing import Call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -90,7 +90,7 @@ def sagert_end_to_end(precision: str) -> Prepare:
 def sagert_kernel(precision: str) -> Prepare:
     def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
         out = torch.empty_like(q)
-        split = SplitAttention(q, k, v, out, causal=causal, precision=precision)
+        split = NativeCall(q, k, v, out, causal=causal, precision=precision)
         split.quantize()
         return written(split.attend, out)
 

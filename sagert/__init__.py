@@ -16,6 +16,9 @@ from sagert import errors
 if TYPE_CHECKING:
     from sagert.api import attention as attention
     from sagert.fallback import stats as stats
+    from sagert.kv import QuantizedKV as QuantizedKV
+    from sagert.packed import attention_varlen as attention_varlen
+    from sagert.quantized import quantize_kv as quantize_kv
     from sagert.registry import Device as Device
     from sagert.registry import Row as Row
     from sagert.registry import Selection as Selection
@@ -24,12 +27,28 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["Device", "Row", "Selection", "__version__", "attention", "errors", "explain", "kernels", "stats"]
+__all__ = [
+    "Device",
+    "QuantizedKV",
+    "Row",
+    "Selection",
+    "__version__",
+    "attention",
+    "attention_varlen",
+    "errors",
+    "explain",
+    "kernels",
+    "quantize_kv",
+    "stats",
+]
 
 logging.getLogger("sagert").addHandler(logging.NullHandler())
 
 _LAZY = {
     "attention": "sagert.api",
+    "attention_varlen": "sagert.packed",
+    "quantize_kv": "sagert.quantized",
+    "QuantizedKV": "sagert.kv",
     "stats": "sagert.fallback",
     "Device": "sagert.registry",
     "Row": "sagert.registry",

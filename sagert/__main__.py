@@ -44,6 +44,14 @@ def _shape(text: str) -> tuple[int, ...]:
     return shape
 
 
+def _window(text: str) -> tuple[int, int]:
+    try:
+        left, right = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,RIGHT: write two numbers such as 1024,0") from None
+    return left, right
+
+
 def _explain(options: argparse.Namespace) -> int:
     from sagert.registry import Device, explain, parse_capability, parse_driver
 
@@ -56,11 +64,15 @@ def _explain(options: argparse.Namespace) -> int:
     answer = explain(
         (batch, heads, seqlen, dim),
         (batch, heads_kv, seqlen_k, dim),
-        attn_mask=True if options.mask else None,
+        (batch, heads_kv, seqlen_k, dim if options.dv is None else options.dv),
+        attn_mask=options.mask,
         is_causal=options.causal,
         precision=options.precision,
         return_lse=options.lse,
         smooth_k=not options.no_smooth_k,
+        causal_alignment="bottom_right" if options.bottom_right else "top_left",
+        window=options.window,
+        varlen=options.varlen,
         dtype=options.dtype,
         device=device,
     )
@@ -132,7 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", default="bf16", help="bf16 (default), fp16 or fp32")
     explain.add_argument("--precision", default="auto", choices=tuple(PRECISIONS), help="default: auto")
     explain.add_argument("--causal", action="store_true", help="query i sees keys 0 .. i")
-    explain.add_argument("--mask", action="store_true", help="with an attn_mask")
+    explain.add_argument("--dv", type=int, metavar="N", help="head dim of V (default: D)")
+    explain.add_argument(
+        "--mask", nargs="?", const="bool", choices=("bool", "fp16", "bf16", "fp32"), help="with an attn_mask (bool)"
+    )
+    explain.add_argument("--window", type=_window, metavar="LEFT,RIGHT", help="with a sliding window; -1: unbounded")
+    explain.add_argument("--bottom-right", action="store_true", help="causality and window aligned at the bottom right")
+    explain.add_argument("--varlen", action="store_true", help="packed sequences: B of them, S and --sk the longest")
     explain.add_argument("--lse", action="store_true", help="with the log-sum-exp")
     explain.add_argument("--no-smooth-k", action="store_true", help="without subtracting K's mean")
     explain.add_argument("--device-capability", metavar="X.Y", help="such as 9.0; default: this machine's device")

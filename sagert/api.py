@@ -1,165 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention(): the public function, its defaults and its checks of form."""
+"""attention(): the public function, its defaults and its order of checks."""
 
 from __future__ import annotations
 
-import math
-from typing import Literal, overload
+from functools import partial
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from sagert import checks, ops, sdpa
 from sagert import fallback as fallback_module
-from sagert import ops
-from sagert.codes import PRECISIONS, precision_code
-from sagert.errors import InvalidArgumentError, UnsupportedError
-from sagert.settings import SETTINGS
+from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
+from sagert.kv import QuantizedKV
+from sagert.options import Options
+from sagert.plans import PLANS, Keep, tensor_key
+from sagert.visibility import pattern
 
-_AUTO = PRECISIONS[SETTINGS.precision or "auto"]
-
-
-def _check_form(q: Tensor, k: Tensor, v: Tensor, layout: str, enable_gqa: bool) -> None:
-    """Ranks, dtypes, devices and sizes that must agree whatever the kernel; the registry decides everything else."""
-    heads, length = (2, 1) if layout == "BSHD" else (1, 2)
-    try:
-        q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
-        if (
-            len(q_shape) == len(k_shape) == len(v_shape) == 4
-            and q.dtype == k.dtype == v.dtype
-            and q.device == k.device == v.device
-            and q.layout == k.layout == v.layout == torch.strided
-            and q_shape[0] == k_shape[0] == v_shape[0]
-            and q_shape[3] == k_shape[3]
-            and k_shape[1] == v_shape[1]
-            and k_shape[2] == v_shape[2]
-            and q_shape[heads] == k_shape[heads]
-        ):
-            return  # the common case, in one look
-    except AttributeError:
-        pass  # not a tensor: named below
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise InvalidArgumentError(f"{name} is a {type(tensor).__name__}: give a torch.Tensor")
-        if tensor.dim() != 4:
-            hint = f"; {name}.unsqueeze(0) adds a batch" if tensor.dim() == 3 else ""
-            raise InvalidArgumentError(
-                f"{name} has {tensor.dim()} dimensions {tuple(tensor.shape)}: give 4, {', '.join(layout)}{hint}"
-            )
-        if tensor.dtype != q.dtype:
-            raise InvalidArgumentError(f"{name} has dtype {tensor.dtype} but q has {q.dtype}: give one dtype")
-        if tensor.device != q.device:
-            raise InvalidArgumentError(f"{name} is on {tensor.device} but q is on {q.device}: give one device")
-        if tensor.layout != torch.strided:
-            raise InvalidArgumentError(f"{name} has layout {tensor.layout}: give a dense tensor")
-    if k.shape[0] != q.shape[0] or v.shape[0] != q.shape[0]:
-        raise InvalidArgumentError(
-            f"batch sizes of q, k, v are {q.shape[0]}, {k.shape[0]}, {v.shape[0]}: they must be equal"
-        )
-    if k.shape[3] != q.shape[3]:
-        raise InvalidArgumentError(f"head dims of q and k are {q.shape[3]} and {k.shape[3]}: they must be equal")
-    if v.shape[heads] != k.shape[heads] or v.shape[length] != k.shape[length]:
-        raise InvalidArgumentError(
-            f"k is {tuple(k.shape)} and v is {tuple(v.shape)}: heads and sequence lengths must be equal"
-        )
-    query_heads, key_heads = q.shape[heads], k.shape[heads]
-    if query_heads != key_heads:
-        if not enable_gqa:
-            raise InvalidArgumentError(
-                f"q has {query_heads} heads and k has {key_heads}: pass enable_gqa=True to share each key head"
-            )
-        if key_heads == 0 or query_heads % key_heads:
-            raise InvalidArgumentError(
-                f"q has {query_heads} heads and k has {key_heads}: q's number must be a multiple of k's"
-            )
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte and one past the last that a tensor may touch."""
-    start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
-
-
-def _check_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """`out` in the order B, H, S, D; it must fit and share no memory with the inputs."""
-    if not isinstance(out, Tensor):
-        raise InvalidArgumentError(f"out is a {type(out).__name__}: give a torch.Tensor")
-    shape = (q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-    if tuple(out.shape) != shape:
-        raise InvalidArgumentError(f"out has shape {tuple(out.shape)} in the order B, H, S, D: it must be {shape}")
-    if out.dtype != q.dtype or out.device != q.device:
-        raise InvalidArgumentError(f"out is {out.dtype} on {out.device}: it must be {q.dtype} on {q.device}, as q is")
-    if out.requires_grad and torch.is_grad_enabled():
-        raise InvalidArgumentError("out requires grad: pass out.detach() or call under torch.no_grad()")
-    if torch.compiler.is_compiling() or out.device.type == "meta":
-        return
-    if any(stride == 0 and size > 1 for size, stride in zip(out.shape, out.stride(), strict=True)):
-        raise InvalidArgumentError("out is an expanded tensor whose elements share memory: pass out.contiguous()")
-    storage = out.untyped_storage().data_ptr()
-    start, end = 0, 0
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.untyped_storage().data_ptr() != storage:
-            continue
-        start, end = _extent(out)
-        first, last = _extent(tensor)
-        if start < last and first < end:
-            raise InvalidArgumentError(f"out shares memory with {name}: give it memory of its own")
-
-
-def _refuse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    grad: bool,
-    precision: str,
-    return_lse: bool,
-    smooth_k: bool,
-) -> str:
-    """The reasons against a mask, dropout or grad, which the operators cannot carry: on CUDA the library's."""
-    asked = [
-        name
-        for name, present in (
-            (f"attn_mask of shape {None if attn_mask is None else tuple(attn_mask.shape)}", attn_mask is not None),
-            (f"dropout_p={dropout_p}", dropout_p > 0),
-            ("a differentiable result (an input requires grad and backward is not implemented)", grad),
-        )
-        if present
-    ]
-    summary = "no kernel row serves " + " or ".join(asked)
-    fixes = "drop attn_mask and dropout_p, or call under torch.no_grad()" if grad else "drop attn_mask and dropout_p"
-    hint = f'{summary}: {fixes}, or pass fallback="sdpa"'
-    if torch.compiler.is_compiling() or q.device.type != "cuda":
-        return hint
-    from sagert.registry import explain
-
-    answer = explain(
-        q, k, v, attn_mask, dropout_p, is_causal,
-        precision=precision, return_lse=return_lse, smooth_k=smooth_k, requires_grad=grad,
-    )  # fmt: skip
-    return f"{hint}\n{answer}"
+_is_compiling = torch.compiler.is_compiling
+Window = tuple[int | None, int | None]
 
 
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ..., is_causal: bool = ...,
-    scale: float | None = ..., enable_gqa: bool = ..., *, layout: str = ..., precision: str = ...,
-    return_lse: Literal[False] = ..., out: Tensor | None = ..., smooth_k: bool = ..., fallback: str = ...,
+    q: Tensor, k: Tensor | QuantizedKV, v: Tensor | None = ..., attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, layout: str = ...,
+    precision: str = ..., return_lse: Literal[False] = ..., out: Tensor | None = ..., smooth_k: bool = ...,
+    fallback: str = ..., causal_alignment: str = ..., window: Window | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = ..., dropout_p: float = ..., is_causal: bool = ...,
-    scale: float | None = ..., enable_gqa: bool = ..., *, layout: str = ..., precision: str = ...,
-    return_lse: Literal[True], out: Tensor | None = ..., smooth_k: bool = ..., fallback: str = ...,
+    q: Tensor, k: Tensor | QuantizedKV, v: Tensor | None = ..., attn_mask: Tensor | None = ..., dropout_p: float = ...,
+    is_causal: bool = ..., scale: float | None = ..., enable_gqa: bool = ..., *, layout: str = ...,
+    precision: str = ..., return_lse: Literal[True], out: Tensor | None = ..., smooth_k: bool = ...,
+    fallback: str = ..., causal_alignment: str = ..., window: Window | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | QuantizedKV,
+    v: Tensor | None = None,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
@@ -172,77 +51,131 @@ def attention(
     out: Tensor | None = None,
     smooth_k: bool = True,
     fallback: str = "error",
+    causal_alignment: str = "top_left",
+    window: Window | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention, softmax(scale * Q K^T) V, with quantized products.
+    """Attention, softmax(scale * Q K^T + mask) V, with quantized products.
 
-    The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention and mean the same.
+    The first eight arguments are those of torch.nn.functional.scaled_dot_product_attention and mean the same, but that
+    a mask and is_causal may come together, and that queries which see no key give 0.
 
     Args:
-        q: queries [B, H, S, D], fp16 or bf16, any strides. Never modified; nor are k and v.
-        k: keys [B, Hk, Sk, D], of q's dtype and device.
-        v: values [B, Hk, Sk, Dv].
-        attn_mask: refused unless a kernel row serves it (see `explain`).
+        q: queries [B, H, S, D], fp16, bf16 or fp32, any strides. Never modified; nor are k and v. fp32 is computed
+            through bf16 and gives an fp32 result. Under torch.autocast q, k, v and a float mask are cast as torch does.
+        k: keys [B, Hk, Sk, D], of q's dtype and device; or what `quantize_kv` made of keys and values.
+        v: values [B, Hk, Sk, Dv], Dv any; left out with a QuantizedKV.
+        attn_mask: bool (True attends), or fp16, bf16 or fp32 to add to the scaled scores (natural-log units; -inf hides
+            a key). Broadcasts to [B, H, S, Sk] in both layouts, any strides, not copied; together with is_causal and
+            window a key must pass all of them.
         dropout_p: refused above 0.
-        is_causal: query i sees keys 0 .. i (top-left aligned when S != Sk).
+        is_causal: the query at position p sees keys 0 .. p.
         scale: multiplies Q K^T; D ** -0.5 by default.
         enable_gqa: allow H to be a multiple of Hk.
         layout: "BHSD", or "BSHD" for q, k, v (and out) as [B, S, H, D].
         precision: number format of Q K^T, then of P V: "int8_fp16", "int8_fp8", ...; "auto" takes the best row of
             accuracy class high or standard. A named precision is never changed for another.
-        return_lse: also return the log-sum-exp of the scaled scores: natural logarithm, fp32 [B, H, S] in both layouts.
+        return_lse: also return the log-sum-exp of the scaled (and masked) scores: natural logarithm, fp32 [B, H, S] in
+            both layouts; -inf for a query that sees no key.
         out: tensor to write into, of the result's shape, dtype and device; it may share no memory with the inputs.
-        smooth_k: subtract K's mean over keys before quantizing (exact under softmax, and more accurate).
+        smooth_k: subtract K's mean over keys before quantizing (exact under softmax, and more accurate). A QuantizedKV
+            keeps what it was made with.
         fallback: "error", or "sdpa" to run scaled_dot_product_attention where no row can serve the call: decided before
-            launch, warned about once per reason and counted by `stats`. Not with return_lse, which SDPA does not give.
+            launch, warned about once per reason and counted by `stats`. Not with return_lse, which SDPA does not give,
+            nor with a QuantizedKV, whose K is gone.
+        causal_alignment: position of query i: "top_left" i, "bottom_right" i + Sk - S. Also places the window.
+        window: (left, right): the query at position p sees keys p - left .. p + right only; None or -1 is unbounded.
 
     Returns:
         The result [B, H, S, Dv] in q's dtype and memory order, or (result, lse).
 
     Raises:
         InvalidArgumentError: a malformed call (a ValueError).
-        UnsupportedError: no kernel row serves it; the message has every row's reasons (a NotImplementedError).
+        UnsupportedError: no kernel row serves it; the message has every row's reasons (a NotImplementedError). Also for
+            gradients, forward-mode tangents and torch.func transforms.
         NoDriverError, IntegrityError, CudaError, torch.OutOfMemoryError: as they say; these never fall back.
 
     On CUDA it runs on the current stream, does not synchronize and can be captured in a CUDA graph. CPU tensors run on
     the reference in torch, with the same arithmetic ("auto" is "int8_fp16" there): correct, not fast.
     """
-    if layout != "BHSD" and layout != "BSHD":
-        raise InvalidArgumentError(f"layout={layout!r} is not a layout: use 'BHSD' or 'BSHD'")
-    _check_form(q, k, v, layout, enable_gqa)
-    code = _AUTO if precision == "auto" else precision_code(precision)
-    if scale is None:
-        scale = q.shape[3] ** -0.5 if q.shape[3] else 1.0
-    elif not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise InvalidArgumentError(f"scale={scale!r}: give a finite number or None")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise InvalidArgumentError(f"dropout_p={dropout_p!r}: give a probability between 0 and 1")
-    sdpa = fallback_module.use_sdpa(fallback)
-    if layout == "BSHD":
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = out if out is None else out.transpose(1, 2)
-    if out is not None:
-        _check_out(out, q, k, v)
+    key: Any = None
+    if not _is_compiling():
+        # A call like one that was made before needs no checks, no selection and no packing: see launch.Plan.
+        try:
+            key = (
+                q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
+                v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
+                dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
+                causal_alignment, window,
+                None if attn_mask is None else tensor_key(attn_mask),
+                None if out is None else tensor_key(out),
+            )  # fmt: skip
+            plan = PLANS.by_key.get(key)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            key = plan = None  # no plain tensors, or something malformed, which the checks below name
+        if plan is not None:
+            given: Any = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+            if ops.is_plain(given if out is None else (*given, out), plan.half):
+                return plan.attend(given, out)  # type: ignore[no-any-return]
 
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if attn_mask is not None or dropout_p > 0 or grad:
-        reason = _refuse(q, k, v, attn_mask, dropout_p, is_causal, grad, precision, return_lse, smooth_k)
-        if not sdpa or return_lse or (grad and out is not None):
-            raise UnsupportedError(reason)
-        if not torch.compiler.is_compiling():
-            fallback_module.record(reason.split("\n", 1)[0])
-        exact = ops.sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale)
-        exact = exact if out is None else out.copy_(exact)
-        return exact.transpose(1, 2) if layout == "BSHD" else exact
-
-    result: Tensor
-    lse: Tensor | None
-    if ops.is_direct(q, k, v):
-        result, lse = ops.attention_direct(q, k, v, out, scale, is_causal, code, smooth_k, return_lse, sdpa)
-    elif out is None:
-        result, lse = ops.attention(q, k, v, scale, is_causal, code, smooth_k, return_lse, sdpa)
+    checks.check_layout(layout)
+    q, k, v, attn_mask = autocast(q, q, k, v, attn_mask)
+    quantized = isinstance(k, QuantizedKV)
+    if isinstance(k, QuantizedKV):
+        checks.check_quantized(q, k, v, layout, precision, enable_gqa)
     else:
-        lse = ops.attention_out(q, k, v, out, scale, is_causal, code, smooth_k, return_lse, sdpa)
-        result = out
+        checks.check_qkv(q, k, v, layout, enable_gqa)
+    code = precision_of(k.precision if isinstance(k, QuantizedKV) else precision)
+    scale = checks.check_scale(scale, q.shape[3])
+    checks.check_dropout(dropout_p)
+    seen = pattern(is_causal, window, causal_alignment)
+    may_fall_back = fallback_module.use_sdpa(fallback) and not quantized
+    if layout == "BSHD":
+        q = q.transpose(1, 2)
+        out = out if out is None else out.transpose(1, 2)
+        if not isinstance(k, QuantizedKV) and v is not None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+    b, h, s, _ = q.shape
+    sk = k.shape[2]
+    if attn_mask is not None:
+        checks.check_mask(attn_mask, q.device, (b, h, s, sk))
+    if out is not None:
+        inputs = {"q": q, "attn_mask": attn_mask}
+        inputs |= {"the QuantizedKV": k.data, "its v": k.v} if isinstance(k, QuantizedKV) else {"k": k, "v": v}
+        shape = (b, h, s, k.head_dim_v if isinstance(k, QuantizedKV) else v.shape[3])
+        checks.check_out(out, shape, q, inputs, "B, H, S, D")
+
+    tensors = (q, k.v, attn_mask) if isinstance(k, QuantizedKV) else (q, k, v, attn_mask)
+    grad = differentiated(*tensors)
+    asked = obstacles(dropout_p, grad)
+    result: Tensor
+    lse: Tensor | None = None
+    if asked:
+        exact = None
+        if may_fall_back and not return_lse and not (grad and out is not None):
+            exact = partial(sdpa.attention, q, k, v, attn_mask, dropout_p, seen, scale)  # type: ignore[arg-type]
+
+        def explain() -> Any:
+            from sagert.registry import explain
+
+            return explain(
+                q, k, v, attn_mask, dropout_p, precision=precision, return_lse=return_lse, smooth_k=smooth_k,
+                requires_grad=grad, is_causal=is_causal, causal_alignment=causal_alignment, window=window,
+            )  # fmt: skip
+
+        advice = "" if quantized else 'or pass fallback="sdpa"'
+        result = refuse(asked, exact, explain if q.device.type == "cuda" else None, advice)
+        result = result if out is None else out.copy_(result)
+    else:
+        options = Options(
+            scale, seen.is_causal, code, k.smooth_k if isinstance(k, QuantizedKV) else bool(smooth_k), bool(return_lse),
+            may_fall_back, seen.window_left, seen.window_right, seen.bottom_right,
+        )  # fmt: skip
+        if isinstance(k, QuantizedKV):
+            sizes = (k.shape[1], k.shape[2], k.head_dim_v, k.row)
+            result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options)
+        else:
+            keep = None if key is None else Keep(key, layout)
+            result, lse = ops.call("attention", out, q, k, v, attn_mask, *options, keep=keep)
     if layout == "BSHD":
         result = result.transpose(1, 2)
     return (result, lse) if return_lse else result  # type: ignore[return-value]

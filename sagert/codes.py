@@ -63,12 +63,15 @@ def dtype_code(dtype: object) -> int:
     try:
         return DTYPES[name]
     except KeyError:
-        raise InvalidArgumentError(f"dtype={dtype!s} is not served: use torch.float16 or torch.bfloat16") from None
+        raise InvalidArgumentError(
+            f"dtype={dtype!s} is not served: use torch.float16, torch.bfloat16 or torch.float32"
+        ) from None
 
 
 def mask_dtype_code(dtype: object) -> int:
     """Number of a mask's dtype: bool, or an additive mask's float type."""
     name = str(dtype).removeprefix("torch.")
+    name = _DTYPE_ALIASES.get(name, name)
     try:
         return MASK_DTYPES[name]
     except KeyError:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
-NEVER = 2**31 - 1  # key index that no query reaches
 
 
 def k_shift(k: Tensor) -> Tensor:
@@ -89,10 +88,20 @@ def quantize_v_int8(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
 
 
-def first_nonfinite(v: Tensor) -> tuple[Tensor, Tensor]:
-    """First key whose entry of v [N, Sk, Dv] is +inf or NaN, and first that is -inf or NaN: int64 [N, 1, Dv] each."""
-    keys = torch.arange(v.shape[1], device=v.device)[None, :, None]
-    nan = v.isnan()
-    positive = torch.where(nan | (v == math.inf), keys, NEVER).amin(1, keepdim=True)
-    negative = torch.where(nan | (v == -math.inf), keys, NEVER).amin(1, keepdim=True)
-    return positive, negative
+def encode_v_fp8(values: Tensor, v: Tensor) -> Tensor:
+    """e4m3 bytes of `values` (of quantize_v_fp8) with v's non-finite entries in codes no value takes: uint8, v's shape.
+
+    A value of -0 is stored as +0, which leaves 0x80 free for NaN; 0x7f is +inf and 0xff -inf.
+    """
+    codes = (values + 0.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    for code, entries in ((0x7F, v == math.inf), (0xFF, v == -math.inf), (0x80, v.isnan())):
+        codes = torch.where(entries, torch.full_like(codes, code), codes)
+    return codes
+
+
+def decode_v_fp8(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What encode_v_fp8 stored: fp32 values with 0 for non-finite entries, and where V is +inf or NaN, -inf or NaN."""
+    nan = codes == 0x80
+    positive, negative = nan | (codes == 0x7F), nan | (codes == 0xFF)
+    values = codes.view(torch.float8_e4m3fn).float()
+    return torch.where(positive | negative, 0.0, values), positive, negative

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels' arithmetic in plain torch: what CPU tensors run on, and the oracle of the tests.
 
-Same steps, same rounding and same order over key blocks as the kernels, in fp32; it differs from them only by the order
-of additions inside a matrix product and by the last bit of exp2. exact_attention is float64 attention without any
+Same steps and same rounding as the kernels, in fp32, over the same key blocks; it differs from them by the order of
+additions inside a matrix product and by the last bit of exp2. `sagert.exact` is float64 attention without any
 quantization, which accuracy is measured against.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sagert.exact import error_metrics as error_metrics
+from sagert.exact import exact_attention as exact_attention
 from sagert.quantize import (
-    first_nonfinite,
+    decode_v_fp8,
+    encode_v_fp8,
     k_shift,
     quantize_key_groups,
     quantize_rows,
@@ -22,6 +26,7 @@ from sagert.quantize import (
     quantize_v_int8,
     v_mean,
 )
+from sagert.visibility import Pattern, pattern, segments
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -30,6 +35,64 @@ WGMMA_LOG2_P_SCALE = 8.0  # of P in 16 bits: keeps small weights out of fp16's s
 PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
 RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
+BLOCK = 128
+
+
+class Recipe(NamedTuple):
+    """Whose arithmetic to follow."""
+
+    precision: str
+    smooth_k: bool = True
+    family: str = "portable"
+    block_n: int = BLOCK
+
+
+class KeyValues(NamedTuple):
+    """Quantized K and V of N key heads, values of integers and of e4m3 held in fp32."""
+
+    k: Tensor  # [N, Sk, D]
+    k_scale: Tensor  # [N, Sk, 1]
+    k_shift: Tensor  # [N, 1, D]
+    v: Tensor  # [N, Sk, Dv], non-finite entries as 0
+    v_scale: Tensor  # [N, 1 or blocks, Dv]
+    v_mean: Tensor | None  # [N, 1, Dv]
+    positive: Tensor | None  # [N, Sk, Dv], where V is +inf or NaN; None where V is finite
+    negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    if recipe.precision not in RECIPES.get(recipe.family, ()):
+        known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
+        raise ValueError(
+            f"precision={recipe.precision!r} has no reference in family={recipe.family!r}: use one of {known}"
+        )
+
+
+def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
+    """`kv` with V's non-finite entries, if there are any."""
+    if positive.any() or negative.any():
+        return kv._replace(positive=positive, negative=negative)
+    return kv
+
+
+def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
+    """Quantizes k [N, Sk, D] and v [N, Sk, Dv] of some key heads."""
+    wgmma = recipe.family == "wgmma"
+    kf, vf = k.float(), v.float()
+    shift = k_shift(kf) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
+    k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
+    nan = vf.isnan()
+    positive, negative = nan | (vf == math.inf), nan | (vf == -math.inf)
+    mean = v_mean(vf) if wgmma and recipe.precision != "int8_fp16" else None
+    if mean is not None:
+        vf = vf - mean
+    if recipe.precision == "int8_fp8":
+        values, v_scale = quantize_v_fp8(vf)
+    elif recipe.precision == "int8_int8":
+        values, v_scale = quantize_v_int8(vf, recipe.block_n)
+    else:
+        values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
+    return _with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None), positive, negative)
 
 
 def attention(
@@ -41,176 +104,264 @@ def attention(
     scale: float | None = None,
     precision: str = "int8_fp16",
     smooth_k: bool = True,
-    block_n: int = 128,
+    block_n: int = BLOCK,
     family: str = "portable",
+    attn_mask: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    causal_alignment: str = "top_left",
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time. `family` is whose recipe to follow: "portable" scales K by rows
-    and visits keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits
-    keys downwards (K must be finite there); its int8_int8 scales P by the row maximum of each block of keys, and V by
-    block and channel. Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]).
-    ValueError for a precision or a family that has no reference.
+    number of keys the online softmax takes at a time; attn_mask, window and causal_alignment as in `sagert.attention`.
+    `family` is whose recipe to follow: "portable" scales K by rows and visits keys upwards; "wgmma" scales K by groups
+    of 32 keys, takes V's mean off where it is large, and visits keys downwards (K must be finite there); its int8_int8
+    scales P by the row maximum of each block of keys, and V by block and channel. Returns (out [B, H, S, Dv] in q's
+    dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no reference.
     """
-    if precision not in RECIPES.get(family, ()):
-        known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
-        raise ValueError(f"precision={precision!r} has no reference in family={family!r}: use one of {known}")
+    recipe = Recipe(precision, smooth_k, family, block_n)
+    _check_recipe(recipe)
+
+    def key_values(batch: int, heads: slice) -> KeyValues:
+        return quantize_heads(k[batch, heads], v[batch, heads], recipe)
+
+    sizes = (k.shape[1], k.shape[2], v.shape[3])
+    return _attend(q, sizes, key_values, recipe, attn_mask, pattern(is_causal, window, causal_alignment), scale)
+
+
+def kv_bytes(batch: int, heads: int, seqlen: int, head_dim: int, head_dim_v: int, precision: str) -> int:
+    """Bytes of quantize_kv's buffer: K in INT8, its scales (4 bytes a key) and shift (4 a channel), and V where the
+    precision quantizes it: e4m3 and scales (4 bytes a channel)."""
+    values = head_dim_v * (seqlen + 4) if precision == "int8_fp8" else 0
+    return batch * heads * (seqlen * (head_dim + 4) + 4 * head_dim + values)
+
+
+def _sections(
+    data: Tensor, shape: tuple[int, int, int, int], head_dim_v: int, precision: str
+) -> list[tuple[Tensor, ...]]:
+    """Views of quantize_kv's buffer per (batch, head): shift, k_scale, [v_scale,] k8[, v8], 4-byte ones first."""
+    b, h, s, d = shape
+    sizes: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (d,)), (torch.float32, (s,))]
+    sizes += [(torch.float32, (head_dim_v,))] if precision == "int8_fp8" else []
+    sizes += [(torch.int8, (s, d))]
+    sizes += [(torch.uint8, (s, head_dim_v))] if precision == "int8_fp8" else []
+    views: list[Tensor] = []
+    start = 0
+    for dtype, size in sizes:
+        end = start + b * h * math.prod(size) * dtype.itemsize
+        views.append(data[start:end].view(dtype).view(b * h, *size))
+        start = end
+    return list(zip(*(view.unbind(0) for view in views), strict=True))
+
+
+def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) -> Tensor:
+    """K [B, Hk, Sk, D] and V [B, Hk, Sk, Dv] quantized by the portable recipe: uint8 [kv_bytes(...)]."""
+    recipe = Recipe(precision, smooth_k)
+    _check_recipe(recipe)
+    b, h, s, d = k.shape
+    data = torch.empty(kv_bytes(b, h, s, d, v.shape[3], precision), dtype=torch.uint8, device=k.device)
+    if s == 0:
+        return data
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        for index, (shift, k_scale, *rest) in enumerate(_sections(data, (b, h, s, d), v.shape[3], precision)):
+            head, values = k[index // h, index % h][None], v[index // h, index % h][None]
+            kv = quantize_heads(head, values, recipe)
+            shift.copy_(kv.k_shift[0, 0])
+            k_scale.copy_(kv.k_scale[0, :, 0])
+            if precision == "int8_fp8":
+                v_scale, k8, v8 = rest
+                v_scale.copy_(kv.v_scale[0, 0])
+                v8.copy_(encode_v_fp8(kv.v[0], values[0].float()))
+            else:
+                (k8,) = rest
+            k8.copy_(kv.k[0])
+    return data
+
+
+def attend(
+    q: Tensor,
+    data: Tensor,
+    v: Tensor | None,
+    heads_kv: int,
+    seqlen_k: int,
+    head_dim_v: int,
+    *,
+    precision: str,
+    seen: Pattern,
+    scale: float,
+    attn_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over what quantize_kv returned, and `v` [B, Hk, Sk, Dv] where the precision leaves V as it is.
+
+    The same bits as `attention` gives for the same K and V; results as there.
+    """
+    recipe = Recipe(precision)
+    b, d = q.shape[0], q.shape[3]
+    sections = _sections(data, (b, heads_kv, seqlen_k, d), head_dim_v, precision)
+
+    def key_values(batch: int, heads: slice) -> KeyValues:
+        mine = sections[batch * heads_kv : (batch + 1) * heads_kv][heads]
+        shift, k_scale, *rest = (torch.stack(parts) for parts in zip(*mine, strict=True))
+        if precision == "int8_fp8":
+            v_scale, k8, v8 = rest
+            values, positive, negative = decode_v_fp8(v8)
+            kv = KeyValues(k8.float(), k_scale[..., None], shift[:, None], values, v_scale[:, None], None, None, None)
+            return _with_marks(kv, positive, negative)
+        if v is None:
+            raise ValueError(f"precision={precision!r} reads v, which was not given")
+        vf = v[batch, heads].float()
+        nan = vf.isnan()
+        clean = torch.where(vf.isfinite(), vf, 0.0)
+        kv = KeyValues(rest[0].float(), k_scale[..., None], shift[:, None], clean, vf.new_ones(1), None, None, None)
+        return _with_marks(kv, nan | (vf == math.inf), nan | (vf == -math.inf))
+
+    return _attend(q, (heads_kv, seqlen_k, head_dim_v), key_values, recipe, attn_mask, seen, scale)
+
+
+def _attend(
+    q: Tensor,
+    sizes: tuple[int, int, int],
+    key_values: object,
+    recipe: Recipe,
+    attn_mask: Tensor | None,
+    seen: Pattern,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, H, S, D] over key_values(batch, key heads); `sizes` are Hk, Sk and Dv."""
     b, h, s, d = q.shape
-    hk, sk, dv = k.shape[1], k.shape[2], v.shape[3]
+    hk, sk, dv = sizes
     out = torch.zeros(b, h, s, dv, dtype=q.dtype, device=q.device)
     lse = torch.full((b, h, s), -math.inf, dtype=torch.float32, device=q.device)
-    if out.numel() == 0 and lse.numel() == 0:
-        return out, lse
-    if sk == 0:
+    if lse.numel() == 0 or sk == 0:
         return out, lse
     scale = d**-0.5 if scale is None else scale
     group = h // hk
-    rows = group * s
+    mask = None if attn_mask is None else attn_mask.expand(b, h, s, sk)
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        # The query heads that share a key head are rows of one matrix.
-        q_rows = q.reshape(b * hk, rows, d)
-        k_rows = k.reshape(b * hk, sk, d)
-        v_rows = v.reshape(b * hk, sk, dv)
-        out_rows, lse_rows = out.view(b * hk, rows, dv), lse.view(b * hk, rows)
-        position = torch.arange(s, device=q.device).repeat(group)
-        heads = max(1, CHUNK_ELEMENTS // (max(rows, 1) * block_n))
-        for first in range(0, b * hk, heads):
-            part = slice(first, first + heads)
-            o, z = _heads(
-                q_rows[part], k_rows[part], v_rows[part], position, is_causal, scale, precision, smooth_k, block_n,
-                family == "wgmma",
-            )  # fmt: skip
-            out_rows[part] = o.to(q.dtype)
-            lse_rows[part] = z
+        step = max(1, CHUNK_ELEMENTS // (group * s * recipe.block_n))
+        for batch in range(b):
+            for first in range(0, hk, step):
+                heads = slice(first, min(first + step, hk))
+                n = heads.stop - first
+                queries = slice(first * group, heads.stop * group)
+                # The query heads that share a key head are rows of one matrix.
+                rows = q[batch, queries].reshape(n, group * s, d)
+                part = None if mask is None else mask[batch, queries]
+                kv = key_values(batch, heads)  # type: ignore[operator]
+                o, z = _heads(rows, kv, s, part, seen, scale, recipe, q.dtype)
+                out[batch, queries] = o.view(-1, s, dv).to(q.dtype)
+                lse[batch, queries] = z.view(-1, s)
     return out, lse
 
 
-def _heads(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    position: Tensor,
-    is_causal: bool,
-    scale: float,
-    precision: str,
-    smooth_k: bool,
-    block_n: int,
-    wgmma: bool,
-) -> tuple[Tensor, Tensor]:
-    """Some key heads: q [N, rows, D], k [N, Sk, D], v [N, Sk, Dv]; fp32 out [N, rows, Dv] and lse [N, rows]."""
-    fp8, integer = precision == "int8_fp8", precision == "int8_int8"
-    kf, qf = k.float(), q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
-    shift = k_shift(kf) if smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
-    k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
-    q8, q_scale = quantize_rows(qf, math.nan)
-    k_scale = k_scale.transpose(1, 2)
-    vf = v.float()
-    first_pos, first_neg = first_nonfinite(vf)
-    mean = v_mean(vf) if wgmma and precision != "int8_fp16" else None
-    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma and not integer else 0.0
-    if mean is not None:
-        vf = vf - mean
-    if fp8:
-        pv, v_scale = quantize_v_fp8(vf)
-    elif integer:
-        pv, v_scale = quantize_v_int8(vf, block_n)
-    else:
-        pv, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
+def _starts(seen: Pattern, s: int, sk: int, block_n: int) -> range:
+    """First keys of the blocks that some query sees."""
+    low, high = seen.limits(s, sk)
+    first = max(0, low) if low is not None else 0
+    end = sk if high is None else min(sk, s + high)
+    return range(first // block_n * block_n, max(end, 0), block_n)
 
-    sk = k.shape[1]
-    m = qf.new_full((*q.shape[:2], 1), -math.inf)
+
+def _hidden(
+    seen: Pattern, queries: Tensor, keys: range, s: int, sk: int, mask: Tensor | None, n: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(hidden [rows, keys] or [N, rows, keys], scores to add [N, rows, keys]) of one block of keys, None where none."""
+    columns = torch.arange(keys.start, keys.stop, device=queries.device)
+    hidden = seen.hidden(queries, columns, s, sk)
+    if mask is None:
+        return hidden, None
+    block = mask[:, :, keys.start : keys.stop].reshape(n, -1, len(keys))
+    added = None
+    if block.dtype == torch.bool:
+        masked = ~block
+    else:
+        masked = block == -math.inf
+        added = block.float() * torch.tensor(LOG2E, dtype=torch.float32)
+    return masked if hidden is None else masked | hidden, added
+
+
+def _heads(
+    q: Tensor, kv: KeyValues, s: int, mask: Tensor | None, seen: Pattern, scale: float, recipe: Recipe, io: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Some key heads: q [N, rows, D], mask [query heads, S, Sk]; fp32 out [N, rows, Dv] and lse [N, rows]."""
+    wgmma, block_n = recipe.family == "wgmma", recipe.block_n
+    fp8, integer = recipe.precision == "int8_fp8", recipe.precision == "int8_int8"
+    n, rows, _ = q.shape
+    sk = kv.k.shape[1]
+    qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
+    q8, q_scale = quantize_rows(qf, math.nan)
+    k_scale = kv.k_scale.transpose(1, 2)
+    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma and not integer else 0.0
+    position = torch.arange(s, device=q.device).repeat(rows // s)
+
+    m = qf.new_full((n, rows, 1), -math.inf)
     total = torch.zeros_like(m)
-    acc = qf.new_zeros(*q.shape[:2], v.shape[2])
-    end = min(sk, int(position.max()) + 1) if is_causal and position.numel() else sk
-    starts = range(0, end, block_n)
+    acc = qf.new_zeros(n, rows, kv.v.shape[2])
+    sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
+    positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
+    starts = _starts(seen, s, sk, block_n)
     for start in reversed(starts) if wgmma else starts:
         keys = slice(start, min(start + block_n, sk))
+        hidden, added = _hidden(seen, position, range(keys.start, keys.stop), s, sk, mask, n)
         # Products of int8 values summed over D stay below 2**24: exact in fp32.
-        scores = (q8 @ k8[:, keys].transpose(1, 2)) * k_scale[:, :, keys]
-        if is_causal:
-            hidden = torch.arange(start, keys.stop, device=q.device)[None, :] > position[:, None]
-            scores = scores.masked_fill(hidden, -math.inf)
-        highest = scores.amax(-1, keepdim=True) * q_scale
+        scores = (q8 @ kv.k[:, keys].transpose(1, 2)) * k_scale[:, :, keys]
+        if added is None:  # the row maximum is taken before Q's scale joins; it is positive, so the order is the same
+            scores = scores if hidden is None else scores.masked_fill(hidden, -math.inf)
+            highest = scores.amax(-1, keepdim=True) * q_scale
+            scores = scores * q_scale
+        else:
+            scores = scores * q_scale + added
+            scores = scores if hidden is None else scores.masked_fill(hidden, -math.inf)
+            highest = scores.amax(-1, keepdim=True)
+        visible = torch.ones_like(scores, dtype=torch.bool) if hidden is None else ~hidden.expand(scores.shape)
+        sees = sees | visible.any(-1, keepdim=True)
         m_new = torch.maximum(m, highest)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
         if integer:
-            p = torch.exp2(scores * q_scale - torch.where(highest == -math.inf, 0.0, highest))
+            p = torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
             p = torch.round(255.0 * p)
             weight = torch.exp2(highest - base) / 255.0
             block = start // block_n
             # Sums of products of bytes over a block stay below 2**24: exact in fp32.
             total = total * alpha + weight * p.sum(-1, keepdim=True)
-            acc = acc * alpha + (p @ pv[:, keys]) * (weight * v_scale[:, block : block + 1])
+            acc = acc * alpha + (p @ kv.v[:, keys]) * (weight * kv.v_scale[:, block : block + 1])
         else:
-            p = torch.exp2(scores * q_scale - (base - p_scale))
+            p = torch.exp2(scores - (base - p_scale))
             total = total * alpha + p.sum(-1, keepdim=True)
-            p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(v.dtype).float()
-            acc = acc * alpha + p @ pv[:, keys]
+            p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(io).float()
+            acc = acc * alpha + p @ kv.v[:, keys]
+        if kv.positive is not None and kv.negative is not None:
+            positive = positive + visible.float() @ kv.positive[:, keys].float()
+            negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
     out = acc / total
     if fp8:
-        out = out * v_scale
-    if mean is not None:
-        out = out + mean
-    # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
-    seen = (position.clamp(max=sk - 1) if is_causal else torch.full_like(position, sk - 1))[None, :, None]
-    out = torch.where(first_pos <= seen, out + math.inf, out)
-    out = torch.where(first_neg <= seen, out - math.inf, out)
+        out = out * kv.v_scale
+    if kv.v_mean is not None:
+        out = out + kv.v_mean
+    if kv.positive is not None:
+        # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
+        out = torch.where(positive > 0, out + math.inf, out)
+        out = torch.where(negative > 0, out - math.inf, out)
     lse = m + torch.log2(total) - p_scale
-    lse = lse + (qf * shift).sum(-1, keepdim=True)
+    lse = lse + (qf * kv.k_shift).sum(-1, keepdim=True)
+    out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf)
     return out, (lse * LN2).squeeze(-1)
 
 
-def exact_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: object
 ) -> tuple[Tensor, Tensor]:
-    """Attention in float64 without quantization: (out [B, H, S, Dv], lse [B, H, S]), both float64.
+    """`attention` of each packed sequence: q [total_q, H, D], k [total_k, Hk, D], v [total_k, Hk, Dv].
 
-    Shapes as for `attention`. A query that sees no key gives 0 and -inf; causal is top-left aligned.
+    cu_seqlens int32 [N + 1]; options as in `attention`. Returns (out [total_q, H, Dv], lse fp32 [H, total_q]).
     """
-    b, h, s, d = q.shape
-    sk, dv = k.shape[2], v.shape[3]
-    group = h // max(k.shape[1], 1)
-    scale = d**-0.5 if scale is None else scale
-    out = torch.zeros(b, h, s, dv, dtype=torch.float64, device=q.device)
-    lse = torch.full((b, h, s), -math.inf, dtype=torch.float64, device=q.device)
-    if sk == 0:
-        return out, lse
-    step = max(1, CHUNK_ELEMENTS // (2 * max(sk, 1)))
-    for i in range(b):
-        for j in range(h):
-            kd, vd = k[i, j // group].double(), v[i, j // group].double()
-            for first in range(0, s, step):
-                rows = slice(first, min(first + step, s))
-                scores = (q[i, j, rows].double() @ kd.T) * scale
-                visible = sk
-                if is_causal:
-                    visible = min(sk, rows.stop)
-                    index = torch.arange(rows.start, rows.stop, device=q.device)
-                    hidden = torch.arange(sk, device=q.device)[None, :] > index[:, None]
-                    scores = scores.masked_fill(hidden, -math.inf)
-                p = torch.softmax(scores, -1)
-                bad = ~torch.isfinite(vd[:visible]).all(-1)
-                value = p @ torch.where(torch.isfinite(vd), vd, 0.0)
-                for key in bad.nonzero().flatten().tolist():  # a hidden key must not turn 0 * inf into NaN
-                    sees = index >= key if is_causal else torch.ones(value.shape[0], dtype=torch.bool)
-                    extra = torch.where(torch.isfinite(vd[key]), 0.0, vd[key])
-                    value = torch.where(sees.to(value.device)[:, None], value + extra, value)
-                out[i, j, rows] = value
-                lse[i, j, rows] = torch.logsumexp(scores, -1)
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
+    for queries, keys in segments(cu_seqlens_q, cu_seqlens_k):
+        parts = (t.transpose(0, 1)[None] for t in (q[queries], k[keys], v[keys]))
+        o, z = attention(*parts, **options)  # type: ignore[arg-type]
+        out[queries] = o[0].transpose(0, 1)
+        lse[:, queries] = z[0]
     return out, lse
-
-
-def error_metrics(actual: Tensor, expected: Tensor) -> dict[str, float]:
-    """Cosine similarity, relative L1 (sum |a - e| / sum |e|) and root mean square error, computed in float64."""
-    a, e = actual.double().flatten(), expected.double().flatten()
-    norm = (a.norm() * e.norm()).item()
-    total = e.abs().sum().item()
-    difference = (a - e).abs().sum().item()
-    return {
-        "cosine": (a @ e).item() / norm if norm else 1.0,
-        "relative_l1": difference / total if total else difference,
-        "rmse": (a - e).square().mean().sqrt().item() if a.numel() else 0.0,
-    }

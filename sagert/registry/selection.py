@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sagert import codes, errors, native
+from sagert.kv import QuantizedKV
 from sagert.registry.device import Device, current_device, device_at, parse_capability
 from sagert.settings import SETTINGS
+from sagert.visibility import pattern
 
 
 @dataclass(frozen=True)
@@ -107,40 +109,63 @@ def explain(
     layout: str = "BHSD",
     precision: str = "auto",
     return_lse: bool = False,
+    out: Any = None,
     smooth_k: bool = True,
+    fallback: str = "error",
+    causal_alignment: str = "top_left",
+    window: tuple[int | None, int | None] | None = None,
+    varlen: bool = False,
     dtype: Any = None,
     requires_grad: bool | None = None,
     device: Device | str | float | tuple[int, int] | int | None = None,
 ) -> Selection:
     """Which kernel row would run this attention on a device, or every row's reasons why not.
 
-    q, k, v are tensors (meta tensors too) or shapes in `layout`; k defaults to q and v to k. dtype defaults to q's, or
-    bf16 for a shape. device is a Device, a capability ("9.0", with a current driver), or a CUDA ordinal; by default q's
-    or the current one. The other arguments are those of `attention`. Raises InvalidArgumentError for a malformed call
-    and NoDriverError when there is no driver and device was not given. Runs nothing.
+    q, k, v are tensors (meta tensors too) or shapes in `layout`; k defaults to q and v to k, and k may be a
+    QuantizedKV. attn_mask is a tensor, True, or the name of a dtype ("bool", "float32", ...). varlen asks for
+    `attention_varlen`: q is then (N, H, longest, D), and k and v likewise. dtype defaults to q's, or bf16 for a shape;
+    fp32 is explained as bf16, which it is computed through. device is a Device, a capability ("9.0", with a current
+    driver), or a CUDA ordinal; by default q's or the current one. The other arguments are those of `attention`. Raises
+    InvalidArgumentError for a malformed call and NoDriverError when there is no driver and device was not given. Runs
+    nothing.
     """
-    del scale, enable_gqa  # accepted so that a call can be explained with its own arguments
+    del scale, enable_gqa, out, fallback  # accepted so that a call can be explained with its own arguments
     if layout not in ("BHSD", "BSHD"):
         raise errors.InvalidArgumentError(f"layout={layout!r} is not a layout: use 'BHSD' or 'BSHD'")
-    k = q if k is None else k
-    v = k if v is None else v
+    quantized = k if isinstance(k, QuantizedKV) else None
     batch, heads, seqlen_q, dim = _shape("q", q, layout)
-    _, heads_kv, seqlen_k, _ = _shape("k", k, layout)
-    dim_v = _shape("v", v, layout)[3]
+    if quantized is None:
+        k = q if k is None else k
+        v = k if v is None else v
+        _, heads_kv, seqlen_k, _ = _shape("k", k, layout)
+        dim_v = _shape("v", v, layout)[3]
+    else:
+        _, heads_kv, seqlen_k, _ = quantized.shape
+        dim_v = quantized.head_dim_v
+        smooth_k, precision = quantized.smooth_k, quantized.precision
     if requires_grad is None:
         requires_grad = any(getattr(tensor, "requires_grad", False) for tensor in (q, k, v))
-    flags = (
-        (codes.FLAG_CAUSAL if is_causal else 0)
-        | (codes.FLAG_LSE if return_lse else 0)
-        | (codes.FLAG_MASK if attn_mask is not None and attn_mask is not False else 0)
-        | (codes.FLAG_DROPOUT if dropout_p else 0)
-        | (codes.FLAG_GRAD if requires_grad else 0)
-        | (0 if smooth_k else codes.FLAG_NO_SMOOTH_K)
-    )
+    seen = pattern(is_causal, window, causal_alignment)
+    has_window = seen.window_left >= 0 or seen.window_right >= 0
+    has_mask = attn_mask is not None and attn_mask is not False
+    asked = {
+        codes.FLAG_CAUSAL: is_causal,
+        codes.FLAG_LSE: return_lse,
+        codes.FLAG_MASK: has_mask,
+        codes.FLAG_DROPOUT: dropout_p,
+        codes.FLAG_GRAD: requires_grad,
+        codes.FLAG_NO_SMOOTH_K: not smooth_k,
+        codes.FLAG_VARLEN: varlen,
+        codes.FLAG_WINDOW: has_window,
+        codes.FLAG_BOTTOM_RIGHT: seen.bottom_right and (is_causal or has_window),
+        codes.FLAG_QUANTIZED_KV: quantized is not None,
+    }
     if dtype is None:
         dtype = getattr(q, "dtype", "bfloat16")
+    code = codes.dtype_code(dtype)
     if precision == "auto" and SETTINGS.precision is not None:
         precision = SETTINGS.precision
+    mask = "bool" if attn_mask is True else attn_mask if isinstance(attn_mask, str) else getattr(attn_mask, "dtype", "")
     request = native.Request(
         batch=batch,
         heads_q=heads,
@@ -149,9 +174,12 @@ def explain(
         seqlen_k=seqlen_k,
         head_dim=dim,
         head_dim_v=dim_v,
-        dtype=codes.dtype_code(dtype),
+        dtype=codes.DTYPES["bfloat16"] if code == codes.DTYPES["float32"] else code,
         precision=codes.precision_code(precision),
-        flags=flags,
-        mask_dtype=codes.mask_dtype_code(getattr(attn_mask, "dtype", "bool")) if flags & codes.FLAG_MASK else 0,
+        flags=sum(flag for flag, wanted in asked.items() if wanted),
+        mask_dtype=codes.mask_dtype_code(mask) if has_mask else 0,
+        window_left=seen.window_left if has_window else 0,
+        window_right=seen.window_right if has_window else 0,
+        row=0 if quantized is None else quantized.row + 1,
     )
     return ask(request, _device(device, q).to_native())

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
+SEED = 41
 
 # The installed wheel is tested, so the clone's own sagert, which has no library beside it, must not come first.
 # benchmarks/ says what a result was measured on.
@@ -23,6 +24,7 @@ sys.path[:] = [str(HERE), str(HERE.parents[1] / "benchmarks"), *KEPT]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", default=None, metavar="PATH", help="write the GPU tests' measurements as JSON")
+    parser.addoption("--seed", default=SEED, type=int, help="of the random requests (default: %(default)s)")
 
 
 def skip_reason() -> str | None:
@@ -79,6 +81,25 @@ def served() -> list[str]:
 def tolerance() -> dict[str, float]:
     """Precision -> the tolerated relative L1 error on N(0, 1) that its row for this device states."""
     return {r.precision: r.relative_l1 for r in reversed(rows())}
+
+
+@pytest.fixture(scope="session")
+def here() -> list[Any]:
+    """The rows for this device, best rank first."""
+    return rows()
+
+
+@pytest.fixture(scope="session")
+def info() -> Any:
+    """This device, as selection sees it."""
+    from sagert.registry import current_device
+
+    return current_device()
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--seed", default=SEED))
 
 
 class Record:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -76,38 +77,34 @@ def cases(count: int = CASES, seed: int = 20) -> list[Case]:
     return made
 
 
-def place(values: torch.Tensor, memory: str, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lays `values` ``[B, H, S, D]`` out as `memory` says.
+def place(values: torch.Tensor, memory: str, fill: float, margin: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lays `values` ``[B, H, S, D]`` out as `memory` says, `margin` elements away from either end of its buffer.
 
     Returns:
-        The view that holds the values, and the whole buffer it lies in, `fill` everywhere else.
+        The view that holds the values, and the whole buffer it lies in, flat, `fill` everywhere else.
     """
     b, h, s, d = values.shape
+    whole = values.new_empty(0)
 
     def buffer(*size: int) -> torch.Tensor:
-        return torch.full(size, fill, dtype=values.dtype, device=values.device)
+        nonlocal whole
+        whole = torch.full((math.prod(size) + 2 * margin,), fill, dtype=values.dtype, device=values.device)
+        return whole[margin : margin + math.prod(size)].view(size)
 
     if memory == "bhsd":
-        whole = buffer(b, h, s, d)
-        view = whole
+        view = buffer(b, h, s, d)
     elif memory == "bshd":
-        whole = buffer(b, s, h, d)
-        view = whole.transpose(1, 2)
+        view = buffer(b, s, h, d).transpose(1, 2)
     elif memory == "sliced":
-        whole = buffer(b, h + 1, s + 3, d + 8)
-        view = whole[:, 1:, 2 : 2 + s, 8:]
+        view = buffer(b, h + 1, s + 3, d + 8)[:, 1:, 2 : 2 + s, 8:]
     elif memory == "strided_last":
-        whole = buffer(b, h, s, 2 * d)
-        view = whole[..., ::2]
+        view = buffer(b, h, s, 2 * d)[..., ::2]
     elif memory == "offset":  # not even 4-byte aligned
-        whole = buffer(b * h * s * d + 1)
-        view = whole[1:].view(b, h, s, d)
+        view = buffer(b * h * s * d + 1)[1:].view(b, h, s, d)
     elif memory == "permuted":  # the head dim outermost
-        whole = buffer(d, s, b, h)
-        view = whole.permute(2, 3, 1, 0)
+        view = buffer(d, s, b, h).permute(2, 3, 1, 0)
     elif memory == "fused_qkv":  # [B, S, 3, H, D], as a fused projection leaves it
-        whole = buffer(b, s, 3, h, d)
-        view = whole[:, :, 1].transpose(1, 2)
+        view = buffer(b, s, 3, h, d)[:, :, 1].transpose(1, 2)
     else:
         raise ValueError(f"memory={memory!r}; accepted: {', '.join(MEMORY)}")
     view.copy_(values)

@@ -137,8 +137,111 @@ def test_same_bits_twice():
     assert torch.equal(first, sagert.attention(Q, K, V, enable_gqa=True, precision="int8_fp8"))
 
 
-def test_autocast_is_left_alone():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = sagert.attention(Q, K, V, enable_gqa=True)
-    assert out.dtype == torch.float16
-    assert torch.equal(out, sagert.attention(Q, K, V, enable_gqa=True))
+def bound(out, exact):
+    return reference.error_metrics(out, exact)["relative_l1"]
+
+
+MASKS = {
+    "none": None,
+    "bool": torch.rand(2, 4, 37, 53, generator=torch.Generator().manual_seed(3)) > 0.5,
+    "keys": torch.rand(53, generator=torch.Generator().manual_seed(4)) > 0.3,
+    "batch": torch.rand(2, 1, 1, 53, generator=torch.Generator().manual_seed(5)) > 0.3,
+    "fp32": make(4, 37, 53, dtype=torch.float32, seed=6),
+    "fp16": make(37, 53, seed=7),
+    "bf16": make(2, 1, 37, 53, dtype=torch.bfloat16, seed=8),
+    "strided": make(2, 4, 53, 37, dtype=torch.float32, seed=9).transpose(2, 3),
+    "infinite": make(37, 53, seed=10).masked_fill(make(37, 53, seed=11) > 0, -math.inf),
+}
+PATTERNS = [
+    {},
+    {"is_causal": True},
+    {"is_causal": True, "causal_alignment": "bottom_right"},
+    {"window": (5, 3)},
+    {"window": (None, 4), "causal_alignment": "bottom_right"},
+    {"window": (0, -1)},
+    {"is_causal": True, "window": (7, 2), "causal_alignment": "bottom_right"},
+]
+
+
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_and_patterns_against_exact(mask, pattern, precision):
+    options = {**pattern, "attn_mask": MASKS[mask]}
+    out, lse = sagert.attention(Q, K, V, enable_gqa=True, precision=precision, return_lse=True, **options)
+    exact, exact_lse = reference.exact_attention(Q, K, V, **options)
+    assert bound(out, exact) < 0.05
+    blind = exact_lse == -math.inf
+    assert torch.equal(lse == -math.inf, blind)
+    assert (out[blind] == 0).all()
+    assert (lse - exact_lse)[~blind].abs().max() < 0.05
+
+
+def test_patterns_are_their_masks():
+    queries, keys = torch.arange(37)[:, None], torch.arange(53)[None, :]
+    position = queries + 53 - 37
+    mask = (keys >= position - 7) & (keys <= position)
+    window = sagert.attention(
+        Q, K, V, enable_gqa=True, is_causal=True, window=(7, None), causal_alignment="bottom_right"
+    )
+    assert torch.equal(window, sagert.attention(Q, K, V, mask, enable_gqa=True))
+    additive = torch.zeros(37, 53).masked_fill(~mask, -math.inf)
+    assert torch.equal(window, sagert.attention(Q, K, V, additive, enable_gqa=True))
+    bshd = (t.transpose(1, 2) for t in (Q, K, V))
+    out = sagert.attention(*bshd, mask, enable_gqa=True, layout="BSHD")
+    assert torch.equal(out.transpose(1, 2), window)
+
+
+def test_queries_before_all_keys_see_none():
+    out, lse = sagert.attention(
+        Q, K[:, :, :5], V[:, :, :5], enable_gqa=True, is_causal=True, return_lse=True, causal_alignment="bottom_right"
+    )
+    assert (out[:, :, :32] == 0).all()
+    assert (lse[:, :, :32] == -math.inf).all()
+    assert torch.isfinite(lse[:, :, 32:]).all()
+
+
+@pytest.mark.parametrize("values", [(math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf)])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+def test_nonfinite_values_reach_what_sees_them(values, precision):
+    v = V.clone()
+    for index, value in enumerate(values):
+        v[0, 1, 20 + 9 * index, 7] = value
+    for options in ({"attn_mask": MASKS["bool"]}, {"window": (4, 4)}, {"attn_mask": MASKS["infinite"]}):
+        out = sagert.attention(Q, K, v, enable_gqa=True, precision=precision, **options)
+        exact, _ = reference.exact_attention(Q, K, v, **options)
+        assert torch.equal(out.isnan(), exact.isnan())
+        assert torch.equal(out == math.inf, exact == math.inf)
+        assert torch.equal(out == -math.inf, exact == -math.inf)
+
+
+def test_nan_in_a_mask_gives_nan():
+    mask = torch.zeros(37, 53)
+    mask[3, 4] = math.nan
+    out = sagert.attention(Q, K, V, mask, enable_gqa=True)
+    assert out[:, :, 3].isnan().all()
+    assert not out[:, :, 4:].isnan().any()
+
+
+@pytest.mark.parametrize(("dim", "dim_v"), [(1, 1), (40, 256), (256, 24), (200, 200), (33, 65)])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+def test_head_dims(dim, dim_v, precision):
+    q, k, v = make(1, 2, 40, dim), make(1, 2, 150, dim, seed=1), make(1, 2, 150, dim_v, seed=2)
+    out = sagert.attention(q, k, v, precision=precision)
+    exact, _ = reference.exact_attention(q, k, v)
+    assert out.shape == (1, 2, 40, dim_v)
+    assert bound(out, exact) < 0.06
+
+
+def test_fp32_is_computed_through_bf16():
+    q, k, v = (t.float() for t in (Q, K, V))
+    out, lse = sagert.attention(q, k, v, enable_gqa=True, return_lse=True)
+    expected, expected_lse = sagert.attention(
+        q.bfloat16(), k.bfloat16(), v.bfloat16(), enable_gqa=True, return_lse=True
+    )
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected.float())
+    assert torch.equal(lse, expected_lse)
+    given = torch.full_like(q, math.nan)
+    sagert.attention(q, k, v, enable_gqa=True, out=given)
+    assert torch.equal(given, out)

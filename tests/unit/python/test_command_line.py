@@ -26,7 +26,7 @@ def command(environment, *arguments, code=0):
         text=True,
         check=False,
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode in ((0, 1) if code is None else (code,)), done.stdout + done.stderr
     return done.stdout if code != 2 else done.stderr
 
 
@@ -150,8 +150,9 @@ def test_explain_command(subprocess_environment, library):
     assert "selected" in command(
         subprocess_environment, *arguments, "--causal", "--lse", "--kv-heads", "8", "--sk", "77"
     )
-    refused = command(subprocess_environment, *arguments, "--mask", code=1)
-    assert "mask" in refused
+    wide = ("--mask", "fp32", "--window", "64,0", "--bottom-right", "--varlen", "--dv", "64")
+    assert "window" in command(subprocess_environment, *arguments, *wide, code=None)
+    assert "LEFT,RIGHT" in command(subprocess_environment, *arguments, "--window", "64", code=2)
     old = command(subprocess_environment, *arguments[:-1], "11.8", code=1)
     assert "driver" in old
     assert "B,H,S,D" in command(subprocess_environment, "explain", "--shape", "1,2,3", code=2)
@@ -181,12 +182,52 @@ def test_explain_takes_tensors_and_shapes(library):
     assert "nearest" in str(refused)
     assert not explain(q.clone().requires_grad_(), device=device)
     assert not explain(q, dropout_p=0.5, device=device)
-    assert not explain(q.float(), device=device)
+    assert explain(q.float(), device=device).row == explain(q.bfloat16(), device=device).row  # computed through it
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({"attn_mask": True}, ["mask"]),
+        ({"attn_mask": "float32", "is_causal": True}, ["causal", "mask"]),
+        ({"window": (None, 5)}, ["window"]),
+        ({"window": (None, None), "causal_alignment": "bottom_right"}, []),
+        ({"window": (7, 0), "causal_alignment": "bottom_right"}, ["window", "bottom_right"]),
+        ({"is_causal": True, "causal_alignment": "bottom_right"}, ["causal", "bottom_right"]),
+        ({"varlen": True, "return_lse": True}, ["lse", "varlen"]),
+        ({"fallback": "sdpa", "out": None, "scale": 0.3, "enable_gqa": True}, []),
+    ],
+)
+def test_explain_takes_every_feature(options, flags, library):
+    from sagert import explain
+
+    answer = explain((2, 8, 1024, 128), (2, 2, 999, 128), (2, 2, 999, 64), device="9.0", **options)
+    request = answer.request
+    assert set(request["flags"]) == set(flags)
+    assert request["head_dim_v"] == 64
+
+
+def test_explain_takes_a_quantized_kv(library):
+    torch = pytest.importorskip("torch")
+    from sagert import QuantizedKV, explain, kernels
+
+    for row, kernel in enumerate(kernels()):
+        if kernel.capability_min != (9, 0) or kernel.precision != "int8_fp8":
+            continue
+        data = torch.empty(8, dtype=torch.uint8, device="meta")
+        kv = QuantizedKV(data, None, (1, 8, 512, 64), 64, torch.bfloat16, "int8_fp8", row, True, False)
+        answer = explain((1, 8, 77, 64), kv, device="9.0")
+        assert answer.row in (kernel.id, None)
+        assert all(not reasons for name, reasons in answer.reasons.items() if name == answer.row)
+        assert any("row" in reason for name, reasons in answer.reasons.items() for reason in reasons)
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "word"),
     [
+        (((1, 8, 128, 64),), {"attn_mask": "int8"}, "int8"),
+        (((1, 8, 128, 64),), {"window": (1, -2)}, "right is -2"),
+        (((1, 8, 128, 64),), {"causal_alignment": "left"}, "causal_alignment='left'"),
         (((1, 8, 128),), {}, "3 dimensions"),
         (((1, 8, 128, 64),), {"layout": "HND"}, "layout"),
         (((1, 8, 128, 64),), {"precision": "fp3"}, "fp3"),

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch operators: schemas, fakes, torch.compile, and the struct the CUDA path hands to the library."""
+"""The torch operators: schemas, fakes, torch.compile, export, autocast, and what transforms are told."""
 
 from __future__ import annotations
-
-import ctypes
 
 import pytest
 
 torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402
+
 import sagert  # noqa: E402
-from sagert import errors, native, ops  # noqa: E402
+from sagert import errors  # noqa: E402
 
 
 def make(*shape, dtype=torch.bfloat16, seed=0):
@@ -19,29 +19,86 @@ def make(*shape, dtype=torch.bfloat16, seed=0):
 Q, K, V = make(2, 4, 17, 32), make(2, 2, 29, 32, seed=1), make(2, 2, 29, 32, seed=2)
 
 
+MASKS = {
+    "none": None,
+    "bool": torch.rand(17, 29, generator=torch.Generator().manual_seed(3)) > 0.4,
+    "float": make(2, 1, 1, 29, dtype=torch.float32, seed=4),
+}
+CU_Q, CU_K = torch.tensor([0, 5, 5, 17], dtype=torch.int32), torch.tensor([0, 9, 20, 29], dtype=torch.int32)
+PACKED = (make(17, 4, 32), make(29, 2, 32, seed=1), make(29, 2, 16, seed=2))
+HEADS_INSIDE = Q.transpose(1, 2).contiguous().transpose(1, 2)
+REQUEST = (0.2, True, 1, True)
+KV = sagert.quantize_kv(K, V)
+KV_SIZES = (2, 29, 32, -1)
+
+
 @pytest.mark.parametrize("return_lse", [False, True])
-def test_opcheck(return_lse):
-    for q in (Q, Q.transpose(1, 2).contiguous().transpose(1, 2)):
-        torch.library.opcheck(ops.attention, (q, K, V, 0.2, True, 1, True, return_lse))
-        torch.library.opcheck(ops.attention_out, (q, K, V, torch.empty_like(q), 0.2, True, 1, True, return_lse))
+@pytest.mark.parametrize("mask", MASKS)
+def test_opcheck(return_lse, mask):
+    request = (*REQUEST, return_lse, False, 3, -1, True)
+    for q in (Q, HEADS_INSIDE):
+        torch.library.opcheck(torch.ops.sagert.attention, (q, K, V, MASKS[mask], *request))
+        torch.library.opcheck(torch.ops.sagert.attention_out, (torch.empty_like(q), q, K, V, MASKS[mask], *request))
+        inputs = (q, KV.data, KV.v, MASKS[mask], *KV_SIZES, *request)
+        torch.library.opcheck(torch.ops.sagert.attention_kv, inputs)
+        torch.library.opcheck(torch.ops.sagert.attention_kv_out, (torch.empty_like(q), *inputs))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_opcheck_of_packed_sequences(return_lse):
+    for q in (PACKED[0], PACKED[0].transpose(0, 1).contiguous().transpose(0, 1)):
+        inputs = (q, *PACKED[1:], CU_Q, CU_K, 12, 11, *REQUEST, return_lse)
+        torch.library.opcheck(torch.ops.sagert.attention_varlen, inputs)
+        torch.library.opcheck(torch.ops.sagert.attention_varlen_out, (q.new_empty(17, 4, 16), *inputs))
+
+
+@pytest.mark.parametrize("precision", [1, 2])
+def test_opcheck_of_quantize_kv(precision):
+    name = {1: "int8_fp16", 2: "int8_fp8"}[precision]
+    size = sagert.quantize_kv(K, V, precision=name).data.numel()
+    torch.library.opcheck(torch.ops.sagert.quantize_kv, (K, V, precision, True, -1, size))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "heads_inside", "packed", "one_head", "one_query"])
 def test_fake_has_the_real_strides(layout):
     q = {
         "contiguous": Q,
-        "heads_inside": Q.transpose(1, 2).contiguous().transpose(1, 2),
+        "heads_inside": HEADS_INSIDE,
         "packed": torch.cat([Q, Q], -1)[..., :32],
         "one_head": Q[:, :1],
         "one_query": Q[:, :, :1],
     }[layout]
     k, v = (K[:, :1], V[:, :1])
-    out, lse = ops.attention(q, k, v, 1.0, False, 1, True, True)
-    fake, fake_lse = ops.attention(q.to("meta"), k.to("meta"), v.to("meta"), 1.0, False, 1, True, True)
+    request = (None, 1.0, False, 1, True, True)
+    operator = torch.ops.sagert.attention
+    out, lse = operator(q, k, v, *request)
+    fake, fake_lse = operator(q.to("meta"), k.to("meta"), v.to("meta"), *request)
     assert fake.shape == out.shape
     assert lse.shape == fake_lse.shape
     meta_q = torch.empty_strided(q.shape, q.stride(), dtype=q.dtype, device="meta")
-    assert ops.attention(meta_q, k.to("meta"), v.to("meta"), 1.0, False, 1, True, True)[0].stride() == out.stride()
+    assert operator(meta_q, k.to("meta"), v.to("meta"), *request)[0].stride() == out.stride()
+
+
+def test_meta_tensors_through_the_public_functions():
+    q, k = Q.to("meta"), K.to("meta")
+    mask = torch.empty(29, dtype=torch.bool, device="meta")
+    assert sagert.attention(q, k, k, attn_mask=mask, enable_gqa=True, window=(3, 4)).shape == Q.shape
+    cu = CU_Q.to("meta")
+    q, k, v = (t.to("meta") for t in PACKED)
+    assert sagert.attention_varlen(q, k, v, cu, cu, 9, 9, enable_gqa=True).shape == (17, 4, 16)
+
+
+def test_fake_cuda_tensors_trace():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q = torch.empty(2, 4, 17, 32, device="cuda:0", dtype=torch.bfloat16)
+        k = torch.empty(2, 2, 29, 32, device="cuda:0", dtype=torch.bfloat16)
+        mask = torch.empty(4, 17, 29, device="cuda:0")
+        out, lse = sagert.attention(q, k, k, attn_mask=mask, enable_gqa=True, return_lse=True)
+        assert out.shape == q.shape
+        assert out.device == q.device
+        assert lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -59,6 +116,47 @@ def test_compile_fullgraph(backend, dynamic):
         for got, expected in zip(compiled(q, k, v), model(q, k, v), strict=True):
             torch.testing.assert_close(got, expected)
             assert got.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+def test_compile_every_feature(dynamic, precision):
+    torch._dynamo.reset()
+
+    def model(q, k, v, mask, packed, cu):
+        options = {"enable_gqa": True, "precision": precision, "return_lse": True}
+        first, lse = sagert.attention(
+            q, k, v, attn_mask=mask, is_causal=True, causal_alignment="bottom_right", window=(9, None), **options
+        )
+        kv = sagert.quantize_kv(k, v, precision=precision, masked=True)
+        second, _ = sagert.attention(q * 1, kv, attn_mask=mask, **options)
+        third, packed_lse = sagert.attention_varlen(packed, packed, packed, cu, cu, 9, 9, window=(2, 2), **options)
+        return first + second, lse, third, packed_lse
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (17, 23, 40):
+        q, k, v = make(2, 4, length, 32), make(2, 2, length + 3, 32, seed=1), make(2, 2, length + 3, 16, seed=2)
+        mask = make(2, 1, length, length + 3, dtype=torch.float32, seed=3)
+        packed = make(length, 2, 16, seed=4)
+        cu = torch.tensor([0, 8, 8, length], dtype=torch.int32)
+        arguments = (q, k, v, mask, packed, cu)
+        for got, expected in zip(compiled(*arguments), model(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+def test_compile_with_a_quantized_kv_from_outside():
+    torch._dynamo.reset()
+    kv = sagert.quantize_kv(K, V, precision="int8_fp8")
+    compiled = torch.compile(lambda q, kv: sagert.attention(q, kv, enable_gqa=True), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(Q, kv), sagert.attention(Q, K, V, precision="int8_fp8", enable_gqa=True))
+
+
+def test_compile_gives_a_quantized_kv_back():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda k, v: sagert.quantize_kv(k, v), fullgraph=True, backend="eager")
+    kv = compiled(K, V)
+    assert torch.equal(kv.data, KV.data)
+    assert torch.equal(sagert.attention(Q, kv, enable_gqa=True), sagert.attention(Q, K, V, enable_gqa=True))
 
 
 def test_compile_with_out_and_layout():
@@ -86,120 +184,79 @@ def test_export():
     assert any("sagert.attention" in str(node.target) for node in program.graph.nodes)
 
 
-class Recorder:
-    """Stands in for the library: records the struct, answers as told."""
+def test_export_with_a_mask_and_packed_sequences():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v, mask, packed, cu):
+            masked = sagert.attention(q, k, v, attn_mask=mask, enable_gqa=True, window=(4, 4))
+            return masked, sagert.attention_varlen(packed, packed, packed, cu, cu, 9, 9)
 
-    def __init__(self, size_status=0, status=0, size=4096):
-        self.size_status, self.status, self.size = size_status, status, size
-        self.seen = []
-
-    def sagert_workspace_size(self, address, result):
-        self.seen.append(("size", native.ARGS.unpack(ctypes.string_at(address, native.ARGS.size))))
-        ctypes.c_uint64.from_address(result).value = self.size
-        return self.size_status
-
-    def sagert_attention(self, address):
-        self.seen.append(("run", native.ARGS.unpack(ctypes.string_at(address, native.ARGS.size))))
-        return self.status
-
-    def sagert_last_error(self):
-        return b"every row said no"
+    packed = make(17, 2, 16)
+    inputs = (Q, K, V, MASKS["bool"], packed, CU_Q)
+    program = torch.export.export(Model(), inputs)
+    for got, expected in zip(program.module()(*inputs), Model()(*inputs), strict=True):
+        assert torch.equal(got, expected)
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    empty = torch.empty
-
-    def install(**answers):
-        lib = Recorder(**answers)
-        monkeypatch.setattr(native, "_lib", lib)
-        monkeypatch.setattr(ops, "_stream", lambda index: 77)
-        monkeypatch.setattr(ops.torch, "empty", lambda *sizes, device=None, **options: empty(*sizes, **options))
-        return lib
-
-    return install
+def test_inference_mode():
+    with torch.inference_mode():
+        q = Q * 1
+        out = torch.empty_like(q)
+        sagert.attention(q, K, V, enable_gqa=True, out=out)
+    assert torch.equal(out, sagert.attention(Q, K, V, enable_gqa=True))
 
 
-class OnDevice(torch.Tensor):
-    """A CPU tensor that says it is on cuda:3."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_autocast_casts_as_sdpa_does(dtype):
+    q, k, v = Q.to(dtype), K.to(dtype), V.to(dtype)
+    mask = MASKS["float"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sagert.attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        kv = sagert.quantize_kv(k, v)
+        packed = sagert.attention_varlen(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1), CU_Q, CU_K, 17, 29, enable_gqa=True
+        )
+        reused = sagert.attention(q, kv, attn_mask=mask, enable_gqa=True)
+        assert F.scaled_dot_product_attention(q, k, v, enable_gqa=True).dtype == torch.bfloat16
+    assert out.dtype == packed.dtype == kv.dtype == torch.bfloat16
+    q, k, v, mask = (t.bfloat16() for t in (q, k, v, mask))
+    assert torch.equal(out, sagert.attention(q, k, v, attn_mask=mask, enable_gqa=True))
+    assert torch.equal(reused, out)
 
-    @property
-    def device(self):
-        return type("Device", (), {"index": 3, "type": "cuda"})()
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_transforms_are_refused(transform):
+    def run(q):
+        return sagert.attention(q, K, K, enable_gqa=True).float().sum()
 
-def run(q, k, v, **options):
-    q = q.as_subclass(OnDevice)
-    out, lse = torch.empty_like(Q), torch.empty(2, 4, 17)
-    arguments = {
-        "scale": 0.25,
-        "is_causal": True,
-        "precision": 2,
-        "smooth_k": False,
-        "return_lse": True,
-        "fallback_sdpa": False,
+    calls = {
+        "vmap": lambda: torch.func.vmap(run)(torch.stack([Q, Q])),
+        "grad": lambda: torch.func.grad(run)(Q),
+        "jvp": lambda: torch.func.jvp(run, (Q,), (Q,)),
     }
-    ops._run_cuda(q, k, v, out, lse, **{**arguments, **options})
-    return out, lse
+    with pytest.raises(errors.UnsupportedError, match=r"transforms|backward"):
+        calls[transform]()
 
 
-def test_cuda_path_packs_the_arguments(recorder):
-    lib = recorder()
-    out, lse = run(Q, K, V)
-    (first, before), (second, after) = lib.seen
-    assert (first, second) == ("size", "run")
-    assert before[0] == native.ARGS_SIZE == 280 + 112
-    assert before[1:8] == (2, 4, 2, 17, 29, 32, 32)
-    assert before[8:13] == (Q.data_ptr(), *Q.stride())
-    assert before[13:18] == (K.data_ptr(), *K.stride())
-    assert before[18:23] == (V.data_ptr(), *V.stride())
-    assert before[23:28] == (out.data_ptr(), *out.stride())
-    assert before[28] == lse.data_ptr()
-    assert before[29:31] == (0, 0)
-    assert before[31:] == (77, 0.25, 2, 2, 1 | 2 | 32, 3)
-    assert after[29] != 0
-    assert after[30] == 4096
-    assert after[:29] == before[:29]
-    assert after[31:] == before[31:]
+def test_transforms_of_the_operator_are_refused():
+    request = (None, 1.0, False, 1, True, False)
+    with pytest.raises(errors.UnsupportedError, match="vmap"):
+        torch.func.vmap(lambda q: torch.ops.sagert.attention(q, K, V, *request))(torch.stack([Q, Q]))
+    with pytest.raises(errors.UnsupportedError, match="backward"):
+        torch.func.grad(lambda q: torch.ops.sagert.attention(q, K, V, *request)[0].float().sum())(Q)
 
 
-@pytest.mark.parametrize(
-    ("status", "kind"),
-    [
-        (1, errors.InvalidArgumentError),
-        (2, errors.UnsupportedError),
-        (3, errors.NoDriverError),
-        (4, errors.IntegrityError),
-        (5, errors.CudaError),
-        (6, torch.OutOfMemoryError),
-        (7, errors.InternalError),
-        (99, errors.InternalError),
-    ],
-)
-def test_statuses_become_exceptions(recorder, status, kind):
-    recorder(size_status=status)
-    with pytest.raises(kind, match="every row said no"):
-        run(Q, K, V)
-    recorder(status=status)
-    with pytest.raises(kind):
-        run(Q, K, V, fallback_sdpa=True)
+def test_forward_mode_tangents_are_refused():
+    import torch.autograd.forward_ad as forward_ad
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(Q, torch.ones_like(Q))
+        with pytest.raises(errors.UnsupportedError, match="differentiable"):
+            sagert.attention(dual, K, V, enable_gqa=True)
+        assert sagert.attention(Q, K, V, enable_gqa=True).shape == Q.shape
 
 
-@pytest.mark.parametrize("status", [1, 3, 4, 5, 6, 7])
-def test_only_a_refusal_falls_back(recorder, status):
-    recorder(size_status=status)
-    with pytest.raises(Exception, match="every row said no"):
-        run(Q, K, V, fallback_sdpa=True, return_lse=False)
-
-
-def test_grad_flag_reaches_the_library(recorder):
-    lib = recorder()
-    run(Q, K.clone().requires_grad_(), V)
-    assert lib.seen[0][1][-2] & 16
-
-
-def test_struct_matches_the_mirror():
-    assert native.WORKSPACE_OFFSET == 8 + 7 * 8 + 4 * 40 + 8
-    assert ctypes.sizeof(native.Request) == 104
-    assert ctypes.sizeof(native.DeviceStruct) == 8 + 6 * 4 + 8 + 128 + 16
-    assert native.Request().struct_size == 104
+def test_compiled_gradients_are_refused():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: sagert.attention(q, K, V, enable_gqa=True), backend="aot_eager")
+    with pytest.raises(Exception, match="backward"):
+        compiled(Q.clone().requires_grad_())

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: calls prepared once, for others of the same shapes, strides, options and device."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sagert import native
+from sagert.errors import InvalidArgumentError
+from sagert.settings import SETTINGS
+
+_STRICT = SETTINGS.strict
+_VECTOR = 15  # low bits of an address that decide how a kernel may load
+_UNIT, _BYTE = (1,), torch.uint8
+_PLANS_MAX = 512  # per thread, of some 2 KB each
+
+_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+increment_version: Any = getattr(getattr(torch.autograd, "graph", None), "increment_version", None)
+
+
+_empty_strided = torch.empty_strided
+
+
+def stream_of(index: int) -> int:
+    """CUstream of torch's current stream on a device."""
+    return int(torch.cuda.current_stream(index).cuda_stream if _raw_stream is None else _raw_stream(index))
+
+
+def index_of(tensor: Tensor) -> int:
+    """CUDA ordinal of a tensor's device."""
+    index: int = tensor.device.index
+    return index
+
+
+def workspace_size(arguments: native.Arguments) -> int:
+    """Bytes of workspace. The row is selected for it, so a refusal surfaces here, before anything is launched."""
+    need = ctypes.c_uint64()
+    status = (native._lib or native.library()).sagert_workspace_size(arguments.address, ctypes.addressof(need))
+    if status:
+        raise native.error(status)
+    return need.value
+
+
+class Plan:
+    """One prepared call: validated, selected and packed; its pointers and stream change from call to call.
+
+    The workspace's size depends on shapes, strides, options and device, which the plan's key holds, and on the
+    alignment of the inputs: the plan's is for aligned ones, and the library is asked for others.
+    """
+
+    __slots__ = ("address", "arguments", "device", "extents", "half", "index", "lse", "out", "run", "size", "words")
+
+    def __init__(
+        self,
+        arguments: native.Arguments,
+        size: int,
+        tensors: tuple[tuple[int, Tensor], ...],
+        out: Tensor,
+        lse: Tensor | None,
+        index: int,
+    ) -> None:
+        """`tensors` are the inputs and the words their addresses go to; `out` is in the caller's layout."""
+        self.arguments, self.size, self.index = arguments, size, index
+        self.address, self.words = arguments.address, tuple(word for word, _ in tensors)
+        self.device = out.device
+        self.half = out.dtype is torch.float16
+        self.out = (out.shape, out.stride(), out.dtype)
+        self.extents = tuple(_extent(tensor) for tensor in (out, *(tensor for _, tensor in tensors)))
+        self.lse = None if lse is None else (lse.shape, lse.stride())
+        self.run = native.library().sagert_attention
+
+    def attend(self, tensors: tuple[Tensor, ...], out: Tensor | None) -> Any:
+        """The call with other tensors of the same key; `out` too is of the key."""
+        memory = self.arguments.words
+        device = self.device
+        low_bits = 0
+        for word, tensor in zip(self.words, tensors):  # noqa: B905 - equally long by the key; strict costs
+            memory[word] = address = tensor.data_ptr()
+            low_bits |= address
+        if out is None:
+            shape, stride, dtype = self.out
+            out = _empty_strided(shape, stride, dtype=dtype, device=device)
+            memory[23] = out.data_ptr()  # native.OUT and so on, written out because this is the hot path
+        else:
+            memory[23] = start = out.data_ptr()
+            end = start + self.extents[0]
+            for tensor, extent in zip(tensors, self.extents[1:]):  # noqa: B905
+                first = tensor.data_ptr()
+                if first < end and start < first + extent:
+                    raise InvalidArgumentError("out shares memory with an input: give it memory of its own")
+            if increment_version is not None and not out.is_inference():
+                increment_version(out)
+        lse = None
+        if self.lse is not None:
+            shape, stride = self.lse
+            lse = _empty_strided(shape, stride, dtype=torch.float32, device=device)
+            memory[28] = lse.data_ptr()
+        size = workspace_size(self.arguments) if low_bits & _VECTOR else self.size
+        workspace = _empty_strided((size,), _UNIT, dtype=_BYTE, device=device)
+        memory[29] = workspace.data_ptr()
+        memory[30] = size
+        memory[31] = stream_of(self.index) if _raw_stream is None else _raw_stream(self.index)
+        status = self.run(self.address)
+        if status:
+            raise native.error(status)
+        if _STRICT:
+            torch.cuda.synchronize(device)
+        return out if lse is None else (out, lse)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class _Plans(threading.local):
+    """The plans of one thread by their keys: their structs may not be shared."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Any, Plan] = {}
+
+
+PLANS = _Plans()
+
+
+def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
+    """What a plan's key holds of a tensor."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+class Keep(NamedTuple):
+    """The caller's wish to keep a call as a Plan: under `key`, which stands for all but what the tensors hold."""
+
+    key: Any
+    layout: str = "BHSD"
+
+    def plan(
+        self,
+        arguments: native.Arguments,
+        size: int,
+        tensors: tuple[tuple[int, Tensor | None], ...],
+        out: Tensor,
+        lse: Tensor | None,
+    ) -> None:
+        """Keeps a call that was just made, if its tensors are aligned, as most are."""
+        given = tuple((word, tensor) for word, tensor in tensors if tensor is not None)
+        low_bits = 0
+        for _, tensor in given:
+            low_bits |= tensor.data_ptr()
+        if low_bits & _VECTOR:
+            return
+        plans = PLANS.by_key
+        if len(plans) >= _PLANS_MAX:  # lengths that grow call by call leave plans that no call needs again
+            plans.clear()
+        made = out.transpose(1, 2) if self.layout == "BSHD" else out
+        plans[self.key] = Plan(arguments, size, given, made, lse, index_of(out))

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixture that puts a recorder in the library's place, so that CPU tensors can take the CUDA path."""
+
+import pytest
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """recorder(**answers) installs and returns a tests.kit.recorder.Recorder."""
+    from sagert import native, plans
+    from tests.kit.recorder import Recorder
+
+    def install(**answers):
+        lib = Recorder(**answers)
+        monkeypatch.setattr(native, "_lib", lib)
+        monkeypatch.setattr(plans, "stream_of", lambda index: 77)
+        monkeypatch.setattr(plans, "index_of", lambda tensor: 3)
+        monkeypatch.setattr(plans, "_raw_stream", None)
+        plans.PLANS.by_key.clear()
+        return lib
+
+    yield install
+    plans.PLANS.by_key.clear()
