@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures: the stub of the driver, and a recorder in the place of the library, with which CPU tensors take the CUDA path."""
+"""Fixtures: the stub of the driver, and a recorder in the place of the library for CPU tensors on the CUDA path."""
 
 import pytest
 
