@@ -100,11 +100,18 @@ def attention(
     key: Any = None
     if not _is_compiling():
         # A call like one that was made before needs no checks, no selection and no packing: see launch.Plan.
+        given: Any = (q, k, v)
         try:
+            inputs: Any
+            if v is None and isinstance(k, QuantizedKV):
+                inputs, given = (tensor_key(q), k.key), (q, *k.tensors)
+            else:
+                inputs = (
+                    q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
+                    v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
+                )  # fmt: skip
             key = (
-                q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
-                v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
-                dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
+                inputs, dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
                 causal_alignment, window,
                 None if attn_mask is None else tensor_key(attn_mask),
                 None if out is None else tensor_key(out),
@@ -113,7 +120,8 @@ def attention(
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
             key = plan = None  # no plain tensors, or something malformed, which the checks below name
         if plan is not None:
-            given: Any = (q, k, v) if attn_mask is None else (q, k, v, attn_mask)
+            if attn_mask is not None:
+                given = (*given, attn_mask)
             if ops.is_plain(given if out is None else (*given, out), plan.half):
                 return plan.attend(given, out)  # type: ignore[no-any-return]
 
@@ -170,11 +178,11 @@ def attention(
             scale, seen.is_causal, code, k.smooth_k if isinstance(k, QuantizedKV) else bool(smooth_k), bool(return_lse),
             may_fall_back, seen.window_left, seen.window_right, seen.bottom_right,
         )  # fmt: skip
+        keep = None if key is None else Keep(key, layout)
         if isinstance(k, QuantizedKV):
             sizes = (k.shape[1], k.shape[2], k.head_dim_v, k.row)
-            result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options)
+            result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options, keep=keep)
         else:
-            keep = None if key is None else Keep(key, layout)
             result, lse = ops.call("attention", out, q, k, v, attn_mask, *options, keep=keep)
     if layout == "BSHD":
         result = result.transpose(1, 2)

@@ -52,6 +52,17 @@ class QuantizedKV:
         self.masked = masked
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors it holds."""
+        return (self.data,) if self.v is None else (self.data, self.v)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All of it but what its tensors hold, for a dictionary."""
+        shapes = tuple((t.shape, t.stride(), t.get_device()) for t in self.tensors)
+        return (self.shape, self.head_dim_v, self.dtype, self.precision, self.row, self.smooth_k, shapes)
+
+    @property
     def device(self) -> torch.device:
         """Where the buffer lies."""
         return self.data.device

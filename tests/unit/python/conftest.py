@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixture that puts a recorder in the library's place, so that CPU tensors can take the CUDA path."""
+"""Fixtures: the stub of the driver, and a recorder in the place of the library for CPU tensors on the CUDA path."""
 
 import pytest
+
+from tests.kit.fixtures import compiler, stub  # noqa: F401
 
 
 @pytest.fixture

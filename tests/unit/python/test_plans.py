@@ -177,3 +177,30 @@ def test_threads_share_no_plan(recorder):
     thread.start()
     thread.join()
     assert lib.names() == ["size", "run"] * 2
+
+
+@pytest.mark.parametrize("kept", [None, V])
+def test_quantized_keys(recorder, kept):
+    lib = recorder()
+
+    def make_kv(row=6):
+        data = torch.empty(999, dtype=torch.uint8)
+        v = kept if kept is None else kept.clone()
+        return sagert.QuantizedKV(data, v, (2, 2, 29, 32), 32, torch.bfloat16, "int8_fp16", row, True, False)
+
+    first, second = make_kv(), make_kv()
+    mask = torch.zeros(29)
+    sagert.attention(Q, first, attn_mask=mask, enable_gqa=True)
+    out = sagert.attention(Q, second, attn_mask=mask, enable_gqa=True)
+    assert lib.names() == ["size", "run", "run"]
+    _, plain, features = lib.seen[-1]
+    assert plain[13] == 0
+    assert plain[18] == (0 if kept is None else second.v.data_ptr())
+    assert features[0] == mask.data_ptr()
+    assert features[-2:] == (second.data.data_ptr(), 999)
+    assert out.shape == Q.shape
+    sagert.attention(Q, make_kv(row=7), attn_mask=mask, enable_gqa=True)
+    assert lib.names()[-2:] == ["size", "run"]
+    assert lib.seen[-1][2][6] == 8
+    with pytest.raises(errors.InvalidArgumentError, match="leave v out"):
+        sagert.attention(Q, first, V, enable_gqa=True)
