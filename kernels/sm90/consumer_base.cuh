@@ -163,17 +163,19 @@ struct ConsumerBase {
 
   __device__ __forceinline__ void quantize_queries(const Tile& tile) {
     const float* shift = p.write_lse ? p.k_shift + static_cast<int64_t>(tile.head / p.group) * kHeadDim : nullptr;
-#pragma unroll 1
-    for (int r = row(); r < row() + 16; r += 8) {
-      QuantizedRow quantized;
-      if (p.q_vec) {
-        quantized = quantize_row(p, s, r, quad(), shift);
-      } else {
-        const bool inside = tile.row + r < p.seqlen_q;
-        quantized = quantize_row_any(p, s, r, quad(), queries_of(p, tile) + r * p.q_ss, inside, shift);
-      }
+    auto keep = [&](int r, const QuantizedRow& quantized) {
       s.q_scale[r] = quantized.scale;
       s.q_shift[r] = quantized.shift;
+    };
+    if (p.q_vec) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) keep(row() + 8 * n, quantize_row(p, s, row() + 8 * n, quad(), shift));
+    } else {
+#pragma unroll 1
+      for (int r = row(); r < row() + 16; r += 8) {
+        const bool inside = tile.row + r < p.seqlen_q;
+        keep(r, quantize_row_any(p, s, r, quad(), queries_of(p, tile) + r * p.q_ss, inside, shift));
+      }
     }
   }
 
