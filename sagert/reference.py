@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
+from sagert.exponential import exp2_half, is_half
 from sagert.quantize import (
     decode_v_fp8,
     encode_v_fp8,
@@ -31,7 +32,9 @@ from sagert.visibility import Pattern, pattern, segments
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
-WGMMA_LOG2_P_SCALE = 8.0  # of P in 16 bits: keeps small weights out of fp16's subnormal numbers
+# The wgmma family moves a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
+# and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
+WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
 PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
 RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
@@ -291,7 +294,7 @@ def _heads(
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     q8, q_scale = quantize_rows(qf, math.nan)
     k_scale = kv.k_scale.transpose(1, 2)
-    p_scale = LOG2_448 if fp8 else WGMMA_LOG2_P_SCALE if wgmma and not integer else 0.0
+    p_scale, slack = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0)
     position = torch.arange(s, device=q.device).repeat(rows // s)
 
     m = qf.new_full((n, rows, 1), -math.inf)
@@ -315,7 +318,7 @@ def _heads(
             highest = scores.amax(-1, keepdim=True)
         visible = torch.ones_like(scores, dtype=torch.bool) if hidden is None else ~hidden.expand(scores.shape)
         sees = sees | visible.any(-1, keepdim=True)
-        m_new = torch.maximum(m, highest)
+        m_new = torch.where(highest > m + slack, highest, m)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
         if integer:
@@ -327,7 +330,11 @@ def _heads(
             total = total * alpha + weight * p.sum(-1, keepdim=True)
             acc = acc * alpha + (p @ kv.v[:, keys]) * (weight * kv.v_scale[:, block : block + 1])
         else:
-            p = torch.exp2(scores - (base - p_scale))
+            exponents = scores - (base - p_scale)
+            p = torch.exp2(exponents)
+            if wgmma and fp8:
+                in_half = is_half(position, range(keys.start, keys.stop), q.shape[2])
+                p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(io).float()
             acc = acc * alpha + p @ kv.v[:, keys]

@@ -9,10 +9,11 @@
 
 namespace sagert {
 
-// P's largest exponent, log2(448) for e4m3; a row's maximum is moved, kSlack below it, only when a score exceeds it.
-// fp16 holds up to 2^15; 16-bit floats lose nothing by a margin.
-constexpr float kLargest = kV == V::kIo ? 14.f : 8.807354922057604f;
-constexpr float kSlack = kV == V::kIo ? 6.f : 2.f;
+// P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. In e4m3 a
+// row's largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
+// maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
+constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
 // Keys whose P V is issued while those behind them are exponentiated.
 constexpr int kFirstKeys = kHeadDim == 128 ? 64 : kBlock;
 
@@ -62,40 +63,33 @@ struct Consumer : ConsumerBase {
     }
     const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
     if (__any_sync(~0u, !within)) {
-      const float x[2] = {top[0] * c[0], top[1] * c[1]};
-      advance_maxima(x);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
     }
   }
 
-  // x: the thread's largest score of each row, scaled.
-  __device__ __forceinline__ void advance_maxima(const float (&x)[2]) {
-    float alpha[2];
+  // x: the thread's largest score of a row, scaled.
+  __device__ __forceinline__ void advance_maximum(int r, float x) {
+    if (__all_sync(~0u, x + b[r] <= kLargest)) return;
+    const float top = quad_max(x);
+    const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
+    const float alpha = exp2_approx(next - b[r]);
+    b[r] = next;
+    sum[2 * r] *= alpha;
+    sum[2 * r + 1] *= alpha;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float top = quad_max(x[r]);
-      const float next = top + b[r] <= kLargest ? b[r] : kLargest - kSlack - top;
-      alpha[r] = exp2_approx(next - b[r]);
-      b[r] = next;
-      sum[2 * r] *= alpha[r];
-      sum[2 * r + 1] *= alpha[r];
-    }
-    rescale(alpha);
+    for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
   }
 
   // The same for a block with masks.
   __device__ __forceinline__ void reduce_masked(float (&c)[2], float k_scale, int block, const Tile& tile, bool k_bad) {
     const uint32_t bad = bad_keys(tile, block, k_bad);
-    bool undefined[2];
-    float x[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int top = mask_row(scores, r, tile, block, bad, undefined[r]);
+      bool undefined;
+      const int top = mask_row(scores, r, tile, block, bad, undefined);
       c[r] = q_scale[r] * k_scale;
-      x[r] = top == kMasked ? kLowest : static_cast<float>(top) * c[r];
-    }
-    advance_maxima(x);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
+      advance_maximum(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
       // The exponent of a masked score must vanish beside b: with a tiny scale the scores move to a coarser one, whose
       // step is far below fp32's resolution of b.
       float c_min = fmaf(fmaxf(b[r], 0.f), 0x1p-30f, 0x1p-22f);
@@ -104,7 +98,7 @@ struct Consumer : ConsumerBase {
         c[r] = c_min;
       }
       pin(scores);
-      if (undefined[r]) c[r] = nan();
+      if (undefined) c[r] = nan();
     }
   }
 
