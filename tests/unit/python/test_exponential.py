@@ -15,9 +15,9 @@ SOURCE = Path(__file__).parents[3] / "kernels/sm90/exponential.cuh"
 def test_error_and_range():
     x = torch.linspace(-14.0, 15.0, 200_001)
     error = exp2_half(x).double() / torch.exp2(x.double()) - 1.0
-    assert error.abs().max() <= 1.05e-3
+    assert error.abs().max() <= 1.1e-3
     assert error.mean().abs() <= 1e-4
-    assert error.std() <= 3e-4
+    assert error.std() <= 3.5e-4
 
 
 def test_what_is_too_small_vanishes():
