@@ -173,11 +173,14 @@ def _job(manifest: Manifest, row: Row, use: KernelUse, axes: dict[str, Any]) -> 
     if type(tile) is not int or tile <= 0:
         raise ManifestError(f"{use.where}: tile = {tile!r}: expected a positive integer")
     launch = {key: resolve(use.launch[key], axes, f"{use.where}: {key}") for key in LAUNCH}
-    label = _label(template, arch.name, row.family, args, constants, use, launch["threads"])
+    num_warps = resolve(use.num_warps, axes, f"{use.where}: num_warps")
+    if template.compiler == "triton":
+        launch["threads"] = 32 * num_warps
+    label = _label(template, arch.name, row.family, args, constants, num_warps, launch["threads"])
     function = template.source.partition(":")[2]
     job = Job(
         arch.name, arch.target, arch.triton_capability, template.compiler, template.source, args, template.aligned,
-        constants, use.num_warps, use.num_stages, use.num_ctas, use.max_registers, launch["threads"], launch["shared"],
+        constants, num_warps, use.num_stages, use.num_ctas, use.max_registers, launch["threads"], launch["shared"],
         label if template.compiler == "triton" else function,  # of CUDA the source's own extern "C" name
         label, launch["cluster"], launch["ctas_per_sm"], use.dependent_launch,
     )  # fmt: skip
@@ -190,7 +193,7 @@ def _label(
     family: str,
     args: tuple[tuple[str, str], ...],
     constants: tuple[tuple[str, Any], ...],
-    use: KernelUse,
+    num_warps: int,
     threads: int,
 ) -> str:
     """A readable name made of what distinguishes the kernel: types, constants, warps or threads."""
@@ -204,7 +207,7 @@ def _label(
             parts.append(name.lower())
         elif value is not False:
             parts.append(f"{name.lower()}{value}")
-    parts.append(f"t{threads}" if cuda else f"w{use.num_warps}")
+    parts.append(f"t{threads}" if cuda else f"w{num_warps}")
     return "sagert_" + "_".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
 
 

@@ -17,7 +17,9 @@ from build_tools.errors import ManifestError
 from build_tools.schema import Table, read_toml
 
 SCHEMA = 1
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")  # host/table.h: Role
+ROLES = (  # host/table.h: Role
+    "kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair",
+)  # fmt: skip
 PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3, "int4_fp8": 4, "nvfp4": 5}
 ACCURACIES = {"high": 0, "standard": 1, "low": 2}
 FLAGS = {
@@ -86,10 +88,11 @@ class Gates:
 
 @dataclass(frozen=True)
 class KernelUse:
-    """A row's use of a template. `launch` has LAUNCH: each a number, or a list of { <axis> = ..., value = ... }."""
+    """A row's use of a template. `launch` has LAUNCH; of these and of num_warps each is a number, or a list of
+    { <axis> = ..., value = ... }."""
 
     template: Template
-    num_warps: int
+    num_warps: Any
     num_stages: int | None
     num_ctas: int
     max_registers: int | None
@@ -113,6 +116,7 @@ class Row:
     runs_on: tuple[int, int]
     driver_min: int
     head_dim_max: int
+    any_head_dim_v: bool  # head_dim_v need not be head_dim
     seqlen_max: int
     flags: tuple[str, ...]
     axes: dict[str, list[Any]]
@@ -294,6 +298,7 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     accuracy.finish()
     requires = table.table("requires")
     head_dim_max = requires.at_least("head_dim_max", 1)
+    any_head_dim_v = requires.choice("head_dim_v", ("equal", "any"), "equal") == "any"
     seqlen_max = requires.at_least("seqlen_max", 1)
     flags = requires.strings("flags", allowed=FLAGS)
     requires.finish()
@@ -322,8 +327,8 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
             table.fail("options", f"no kernel of this row reads {option!r}; read: {', '.join(sorted(known))}")
     table.finish()
     return Row(
-        name, family, precision, accuracy_class, rel_l1, rank, runs_on, driver_min, head_dim_max, seqlen_max, flags,
-        axes, quant, options, uses, rank_when, table.where,
+        name, family, precision, accuracy_class, rel_l1, rank, runs_on, driver_min, head_dim_max, any_head_dim_v,
+        seqlen_max, flags, axes, quant, options, uses, rank_when, table.where,
     )  # fmt: skip
 
 
@@ -334,13 +339,14 @@ def _use(data: dict[str, Any], templates: dict[str, Template], where: str) -> Ke
         table.fail("use", f"no such kernel template; there are: {', '.join(sorted(templates))}")
     template = templates[name]
     triton = template.compiler == "triton"
-    num_warps = table.at_least("num_warps", 1) if triton else 0
-    if triton and num_warps not in (1, 2, 4, 8, 16, 32):
-        table.fail("num_warps", "allowed: 1, 2, 4, 8, 16, 32")
+    num_warps = _launch_setting(table, data, "num_warps", 1, 32, None) if triton else 0
+    for number in [entry["value"] for entry in num_warps] if isinstance(num_warps, list) else [num_warps]:
+        if triton and number not in (1, 2, 4, 8, 16, 32):
+            table.fail("num_warps", "allowed: 1, 2, 4, 8, 16, 32")
     num_stages = table.at_least("num_stages", 1, None) if triton else None
     num_ctas = table.at_least("num_ctas", 1, 1) if triton else 1
     maxnreg = table.at_least("maxnreg", 24, None)
-    launch = {"threads": 32 * num_warps, "shared": 0, "cluster": 1, "ctas_per_sm": 1}
+    launch: dict[str, Any] = {"threads": 0, "shared": 0, "cluster": 1, "ctas_per_sm": 1}
     if not triton:
         limits_of = {"threads": (32, 1024), "shared": (0, 2**31 - 1), "cluster": (1, 16), "ctas_per_sm": (1, 32)}
         defaults = {"shared": 0, "cluster": 1, "ctas_per_sm": 1}

@@ -73,7 +73,8 @@ def render(bundles: list[Bundle]) -> str:
                 f"{literal(row.id)}, {index}, {literal(row.family)}, {PRECISIONS[row.precision]}, "
                 f"{ACCURACIES[row.accuracy]}, {row.rank}, {row.runs_on[0]}, {row.runs_on[1]}, {row.driver_min}, "
                 f"{_bits(FLAGS[flag] for flag in row.flags)}, {_bits(1 << DTYPES[d] for d in row.axes['dtype'])}, "
-                f"{row.head_dim_max}, {row.seqlen_max}, {row.rel_l1_randn!r}, {_json(row.axes)}, {_json(row.quant)}, "
+                f"{row.head_dim_max}, {int(row.any_head_dim_v)}, {row.seqlen_max}, {row.rel_l1_randn!r}, "
+                f"{_json(row.axes)}, {_json(row.quant)}, "
                 f"{len(ranks)}, {len(row.rank_when)}"
             )
             for when in row.rank_when:

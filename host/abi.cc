@@ -87,7 +87,10 @@ struct Call {
   Selection selection;
 };
 
-bool is_empty(const sagert_attention_args& args) { return args.batch == 0 || args.seqlen_q == 0; }
+bool is_empty(const sagert_attention_args& args) {
+  bool no_queries = (args.flags & SAGERT_FLAG_VARLEN) != 0 && args.total_q == 0;
+  return args.batch == 0 || args.seqlen_q == 0 || no_queries;
+}
 
 sagert_status attend(const sagert_attention_args* args, uint32_t phases) {
   return guarded([&] {

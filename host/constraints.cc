@@ -79,6 +79,10 @@ Reason describe_one(uint32_t bit, const RowEntry& row, const sagert_request& req
       return {"head_dim", concat("takes head_dim up to ", row.head_dim_max, "; it is ", request.head_dim),
               concat("use a head_dim of at most ", row.head_dim_max)};
     case kHeadDimV:
+      if (row.any_head_dim_v != 0) {
+        return {"head_dim_v", concat("takes head_dim_v up to ", row.head_dim_max, "; it is ", request.head_dim_v),
+                concat("use a head_dim_v of at most ", row.head_dim_max)};
+      }
       return {"head_dim_v",
               concat("needs head_dim_v equal to head_dim; they are ", request.head_dim_v, " and ", request.head_dim),
               request.head_dim_v < request.head_dim ? concat("pad head_dim_v to ", request.head_dim, " with zeros")
@@ -142,7 +146,9 @@ uint32_t broken_constraints(const RowEntry& row, int32_t row_index, const sagert
   }
   if ((row.dtypes >> request.dtype & 1u) == 0) broken |= kDtype;
   if (request.head_dim > row.head_dim_max) broken |= kHeadDim;
-  if (request.head_dim_v != request.head_dim) broken |= kHeadDimV;
+  if (request.head_dim_v != request.head_dim && (row.any_head_dim_v == 0 || request.head_dim_v > row.head_dim_max)) {
+    broken |= kHeadDimV;
+  }
   if (std::max(request.seqlen_q, request.seqlen_k) > row.seqlen_max) broken |= kSeqlen;
   if (!grid_fits(request.batch, request.heads_q, request.seqlen_q) ||
       !grid_fits(request.batch, request.heads_kv, request.seqlen_k)) {

@@ -68,6 +68,10 @@ bool nearer(int32_t a, int32_t b, const Report& report, const sagert_device& dev
                     std::abs(kRows[row].capability_max - device.capability));
   };
   if (gap(a) != gap(b)) return gap(a) < gap(b);
+  bool too_wide = (report.rows[a].broken & report.rows[b].broken & (kHeadDim | kHeadDimV)) != 0;
+  if (too_wide && kRows[a].head_dim_max != kRows[b].head_dim_max) {
+    return kRows[a].head_dim_max > kRows[b].head_dim_max;
+  }
   return kRows[a].rank < kRows[b].rank;
 }
 

@@ -48,17 +48,24 @@ struct TensorShape {
   const char* name;
   const sagert_tensor& tensor;
   int64_t size[4];
+  int64_t element = 2;  // bytes
 
   bool empty() const { return size[0] == 0 || size[1] == 0 || size[2] == 0 || size[3] == 0; }
 };
 
-TensorShape k_of(const sagert_attention_args& args) {
-  return {"k", args.k, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim}};
+bool is_packed(const sagert_attention_args& args) { return (args.flags & SAGERT_FLAG_VARLEN) != 0; }
+
+// [B, heads, S, dim], of packed sequences [1, heads, total, dim].
+TensorShape shape_of(const char* name, const sagert_tensor& tensor, const sagert_attention_args& args, bool of_queries,
+                     int64_t dim) {
+  int64_t heads = of_queries ? args.heads_q : args.heads_kv;
+  if (is_packed(args)) return {name, tensor, {1, heads, of_queries ? args.total_q : args.total_k, dim}};
+  return {name, tensor, {args.batch, heads, of_queries ? args.seqlen_q : args.seqlen_k, dim}};
 }
 
-TensorShape v_of(const sagert_attention_args& args) {
-  return {"v", args.v, {args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v}};
-}
+TensorShape k_of(const sagert_attention_args& args) { return shape_of("k", args.k, args, false, args.head_dim); }
+
+TensorShape v_of(const sagert_attention_args& args) { return shape_of("v", args.v, args, false, args.head_dim_v); }
 
 void check_tensor(const TensorShape& shape, bool written, Stage stage) {
   if (shape.empty()) return;
@@ -66,8 +73,9 @@ void check_tensor(const TensorShape& shape, bool written, Stage stage) {
   if (address == 0 && stage == Stage::kRun) {
     fail_argument(shape.name, ".data is NULL, but the tensor is not empty");
   }
-  if (address % 2 != 0) {
-    fail_argument(shape.name, ".data is not aligned to its 16-bit elements (address ", shape.tensor.data, ")");
+  if (address % static_cast<uintptr_t>(shape.element) != 0) {
+    fail_argument(shape.name, ".data is not aligned to its ", 8 * shape.element, "-bit elements (address ",
+                  shape.tensor.data, ")");
   }
   int64_t lowest = 0;
   int64_t highest = 0;
@@ -75,16 +83,50 @@ void check_tensor(const TensorShape& shape, bool written, Stage stage) {
     int64_t stride = shape.tensor.stride[axis];
     int64_t extent = 0;
     int64_t& end = stride < 0 ? lowest : highest;
-    constexpr int64_t kBytesPerElement = 2;
     int64_t bytes = 0;
     if (__builtin_mul_overflow(shape.size[axis] - 1, stride, &extent) || __builtin_add_overflow(end, extent, &end) ||
-        __builtin_mul_overflow(end, kBytesPerElement, &bytes)) {
+        __builtin_mul_overflow(end, shape.element, &bytes)) {
       fail_argument(shape.name, ".stride[", axis, "] is ", stride, " for a size of ", shape.size[axis],
                     "; offsets would overflow 64 bits");
     }
     if (written && stride == 0 && shape.size[axis] > 1) {
       fail_argument(shape.name, ".stride[", axis, "] is 0 for a size of ", shape.size[axis],
                     "; elements of the output must not share memory");
+    }
+  }
+}
+
+void check_mask(const sagert_attention_args& args, Stage stage) {
+  if ((args.flags & SAGERT_FLAG_MASK) == 0) return;
+  int64_t element = args.mask_dtype == SAGERT_DTYPE_BOOL ? 1 : args.mask_dtype == SAGERT_DTYPE_FP32 ? 4 : 2;
+  check_tensor({"mask", args.mask, {args.batch, args.heads_q, args.seqlen_q, args.seqlen_k}, element}, false, stage);
+}
+
+void check_packed(const sagert_attention_args& args, Stage stage) {
+  if (!is_packed(args)) return;
+  struct Side {
+    const char* offsets_name;
+    const void* offsets;
+    const char* total_name;
+    int64_t total;
+    const char* longest_name;
+    int64_t longest;
+  };
+  const Side sides[] = {{"cu_seqlens_q", args.cu_seqlens_q, "total_q", args.total_q, "seqlen_q", args.seqlen_q},
+                        {"cu_seqlens_k", args.cu_seqlens_k, "total_k", args.total_k, "seqlen_k", args.seqlen_k}};
+  for (const Side& side : sides) {
+    if (side.total < 0) fail_argument(side.total_name, " is ", side.total, "; it must be at least 0");
+    int64_t most = 0;
+    if (!__builtin_mul_overflow(args.batch, side.longest, &most) && side.total > most) {
+      fail_argument(side.total_name, " is ", side.total, ", but ", args.batch, " sequences of at most ",
+                    side.longest_name, " = ", side.longest, " have ", most,
+                    "; give the length of the longest sequence");
+    }
+    if (side.offsets == nullptr && stage == Stage::kRun && args.batch > 0) {
+      fail_argument(side.offsets_name, " is NULL; it must be int32 [batch + 1] in device memory");
+    }
+    if (reinterpret_cast<uintptr_t>(side.offsets) % 4 != 0) {
+      fail_argument(side.offsets_name, " is not aligned to its 32-bit elements (address ", side.offsets, ")");
     }
   }
 }
@@ -107,6 +149,12 @@ void check_content(const sagert_request& request) {
   if ((request.flags & SAGERT_FLAG_MASK) != 0 && dtype_name(request.mask_dtype) == nullptr) {
     fail_argument("mask_dtype is ", request.mask_dtype,
                   ", which is none of SAGERT_DTYPE_FP16 (1), _BF16 (2), _FP32 (3), _BOOL (4)");
+  }
+  constexpr uint32_t kPackedMask = SAGERT_FLAG_MASK | SAGERT_FLAG_VARLEN;
+  if ((request.flags & kPackedMask) == kPackedMask) {
+    fail_argument(
+        "flags is ", request.flags,
+        ", which has FLAG_MASK and FLAG_VARLEN; a mask needs sequences of one length, so drop one of the two");
   }
   if ((request.flags & SAGERT_FLAG_WINDOW) != 0) {
     if (request.window_left < -1) fail_argument("window_left is ", request.window_left, "; it must be at least -1");
@@ -177,10 +225,12 @@ void check_operands(const sagert_attention_args& args, Stage stage) {
   if (!std::isfinite(args.scale) || !std::isfinite(static_cast<float>(args.scale * kLog2E))) {
     fail_argument("scale is ", args.scale, "; it must be finite in 32-bit floating point");
   }
-  const TensorShape out{"out", args.out, {args.batch, args.heads_q, args.seqlen_q, args.head_dim_v}};
+  check_packed(args, stage);
+  const TensorShape out = shape_of("out", args.out, args, true, args.head_dim_v);
   // Without queries there is nothing to compute, and k and v are not read.
   if (out.empty()) return;
-  check_tensor({"q", args.q, {args.batch, args.heads_q, args.seqlen_q, args.head_dim}}, false, stage);
+  check_tensor(shape_of("q", args.q, args, true, args.head_dim), false, stage);
+  check_mask(args, stage);
   if (has_quantized_kv(args)) {
     if (args.row == 0) {
       fail_argument("row is 0, but kv holds what one row quantized; set it to sagert_kv_info.row + 1");

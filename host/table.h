@@ -7,14 +7,19 @@
 
 namespace sagert {
 
-// The kernels one attention call may launch, in launch order.
+// The kernels one attention call may launch.
 enum Role : int32_t {
   kKvStats = 0,
   kQuantizeKv = 1,
   kQuantizeQ = 2,
   kAttention = 3,
   kCombine = 4,  // joins the parts of split keys; calls whose keys are not split do without it
-  kRoleCount = 5
+  // Of the portable family's general rows: what a mask leaves of the keys, in front of attention; what infinities and
+  // NaN of K and V make of the output, behind it.
+  kScanMask = 5,
+  kListBlocks = 6,
+  kRepair = 7,
+  kRoleCount = 8
 };
 
 // One cubin.
@@ -57,6 +62,7 @@ struct RowEntry {
   uint32_t flags;   // SAGERT_FLAG_* it serves
   uint32_t dtypes;  // bit (1 << SAGERT_DTYPE_*)
   int64_t head_dim_max;
+  int32_t any_head_dim_v;  // 1: head_dim_v need not be head_dim
   int64_t seqlen_max;
   double rel_l1_randn;
   const char* axes_json;

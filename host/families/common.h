@@ -42,10 +42,14 @@ struct Operands {
 
 inline Operands operands_of(const sagert_attention_args& args, int64_t padded_head_dim, int64_t elements) {
   Operands x;
-  x.q = strides_of(args.q, args.batch, args.heads_q, args.seqlen_q, args.head_dim);
-  x.k = strides_of(args.k, args.batch, args.heads_kv, args.seqlen_k, args.head_dim);
-  x.v = strides_of(args.v, args.batch, args.heads_kv, args.seqlen_k, args.head_dim_v);
-  x.out = strides_of(args.out, args.batch, args.heads_q, args.seqlen_q, args.head_dim_v);
+  bool varlen = (args.flags & SAGERT_FLAG_VARLEN) != 0;  // packed: one batch entry
+  int64_t batch = varlen ? 1 : args.batch;
+  int64_t queries = varlen ? args.total_q : args.seqlen_q;
+  int64_t keys = varlen ? args.total_k : args.seqlen_k;
+  x.q = strides_of(args.q, batch, args.heads_q, queries, args.head_dim);
+  x.k = strides_of(args.k, batch, args.heads_kv, keys, args.head_dim);
+  x.v = strides_of(args.v, batch, args.heads_kv, keys, args.head_dim_v);
+  x.out = strides_of(args.out, batch, args.heads_q, queries, args.head_dim_v);
   auto is_vector = [&](const sagert_tensor& tensor, const Strides& strides, int64_t head_dim) {
     return has_aligned_rows(tensor, strides, elements) && head_dim == padded_head_dim;
   };

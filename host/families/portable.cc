@@ -12,65 +12,63 @@
 #include "../request.h"
 #include "../table.h"
 #include "common.h"
+#include "portable_plan.h"
 
 namespace sagert {
+namespace portable {
 namespace {
 
-constexpr int kRoles = kAttention + 1;  // all but combine
-constexpr int64_t kKeyPadding = 128;    // K8 and the copy of V end at a multiple of this
-constexpr int64_t kKeysPerPart = 512;   // statistics of K and V are reduced in parts of about this many keys
+// In launch order; plain rows have the first three and attention.
+constexpr int kRoles[] = {kKvStats, kQuantizeKv, kQuantizeQ, kScanMask, kListBlocks, kAttention, kRepair};
+constexpr int64_t kKeyPadding = 128;   // K8 and the copy of V end at a multiple of this
+constexpr int64_t kKeysPerPart = 512;  // statistics of K and V are reduced in parts of about this many keys
 constexpr int64_t kPartsMax = 32;
 constexpr int64_t kVectorElements = 16;  // what the kernels' vector path needs strides to be multiples of
 constexpr int64_t kDirectStrideMax = int64_t{1} << 24;  // beyond it V is copied
-
-// What the signatures of a variant's kernels say.
-struct Traits {
-  int64_t qk_bytes = 0;  // size of an element of the quantized Q and K
-  bool pv_fp8 = false;
-  std::string defect;  // not empty: the build and this file disagree
-};
-
-// Everything the kernels are told, worked out once per call.
-struct Plan : Operands {
-  const sagert_attention_args* args = nullptr;
-  int64_t padded_head_dim = 0, seqlen_pad = 0, heads_kv_total = 0, heads_q_total = 0, parts = 0, part_rows = 0;
-  bool smooth_k = false, write_lse = false, shift_lse = false, copy_v = false, direct_v = false;
-  // Offsets into memory.kv and memory.call; 0 for buffers that are not needed, whose pointers the kernels leave alone.
-  int64_t k_sum = 0, v_amax = 0, v_bad = 0, k_shift = 0, k8 = 0, k_scale = 0, v_out = 0, v_scale = 0, v_first = 0;
-  int64_t q8 = 0, q_scale = 0, q_shift = 0;
-  Memory memory;
-  // V as attention reads it.
-  Strides attend_v{};
-};
+constexpr int64_t kOffsetMax = int64_t{1} << 31;        // of an element within one head of V^T
 
 void place_buffers(Plan& plan, const Traits& traits) {
   int64_t d = plan.padded_head_dim;
-  int64_t keys = plan.heads_kv_total * plan.seqlen_pad;
-  int64_t queries = plan.heads_q_total * plan.args->seqlen_q;
+  const sagert_attention_args& args = *plan.args;
+  int64_t keys = (plan.varlen ? args.heads_kv : plan.heads_kv_total) * plan.k_rows;
+  int64_t queries = (plan.varlen ? args.heads_q : plan.heads_q_total) * plan.q_rows;
   Layout kv;
   Layout call;
   constexpr int64_t kWord = 4;
   plan.k_sum = kv.reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
   plan.v_amax = kv.reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
   plan.v_bad = kv.reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
+  plan.k_bad = kv.reserve(true, plan.heads_kv_total * plan.parts * kWord);
   plan.k_shift = kv.reserve(true, plan.heads_kv_total * d * kWord);
   plan.k8 = kv.reserve(true, keys * d * traits.qk_bytes);
   plan.k_scale = kv.reserve(true, keys * kWord);
   plan.v_out = kv.reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
   plan.v_scale = kv.reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
   plan.v_first = kv.reserve(true, plan.heads_kv_total * 2 * d * kWord);
+  plan.head_flags = kv.reserve(true, plan.heads_kv_total * kWord);
   plan.q8 = call.reserve(true, queries * d * traits.qk_bytes);
   plan.q_scale = call.reserve(true, queries * kWord);
   plan.q_shift = call.reserve(plan.shift_lse, queries * kWord);
+  if (traits.general) plan_general(plan, traits, call);
   plan.memory = memory_of(*plan.args, kv, call);
 }
 
 Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, const Traits& traits) {
   Plan plan;
   plan.args = &args;
+  plan.varlen = (args.flags & SAGERT_FLAG_VARLEN) != 0;
+  plan.general = traits.general;
+  plan.pv_fp8 = traits.pv_fp8;
   int64_t d = plan.padded_head_dim = variant.head_dim;
   // Without keys one block of padding is still quantized, so that attention finds defined scales.
   plan.seqlen_pad = std::max(round_up(args.seqlen_k, kKeyPadding), kKeyPadding);
+  // Packed sequences start at multiples of the padding, see packed_keys in kernels/portable/tiles.py.
+  plan.k_rows = plan.varlen ? (args.total_k / kKeyPadding + args.batch) * kKeyPadding : plan.seqlen_pad;
+  plan.q_rows = plan.varlen ? args.total_q : args.seqlen_q;
+  if (plan.k_rows > kOffsetMax / d) {
+    fail(SAGERT_ERROR_UNSUPPORTED, "total_k is ", args.total_k, " in ", args.batch, " sequences; at most ",
+         kOffsetMax / d - kKeyPadding * args.batch, " keys can be packed for this head_dim: split the batch");
+  }
   plan.heads_kv_total = args.batch * args.heads_kv;
   plan.heads_q_total = args.batch * args.heads_q;
   plan.parts = std::clamp(ceil_div(args.seqlen_k, kKeysPerPart), int64_t{1}, kPartsMax);
@@ -86,34 +84,35 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   plan.direct_v = !traits.pv_fp8 && plan.v_vec && args.v.data != nullptr && args.seqlen_k > 0 &&
                   plan.v.s > -kDirectStrideMax && plan.v.s < kDirectStrideMax;
   plan.copy_v = !traits.pv_fp8 && !plan.direct_v;
+  int64_t per_batch = plan.varlen ? 0 : args.heads_kv;
   if (plan.direct_v) {
     plan.attend_v = plan.v;
   } else if (traits.pv_fp8) {  // V^T: the third stride is that between channels
-    plan.attend_v = {args.heads_kv * d * plan.seqlen_pad, d * plan.seqlen_pad, plan.seqlen_pad, 1};
+    plan.attend_v = {per_batch * d * plan.k_rows, d * plan.k_rows, plan.k_rows, 1};
   } else {
-    plan.attend_v = {args.heads_kv * plan.seqlen_pad * d, plan.seqlen_pad * d, d, 1};
+    plan.attend_v = {per_batch * plan.k_rows * d, plan.k_rows * d, d, 1};
   }
   place_buffers(plan, traits);
   return plan;
 }
-
-const void* kv_at(const Plan& plan, int64_t offset) { return plan.memory.in_kv(offset); }
-const void* call_at(const Plan& plan, int64_t offset) { return plan.memory.in_call(offset); }
 
 template <typename Sink>
 void pass_kv_stats(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("K", args.k.data);
   sink.pointer("V", args.v.data);
-  sink.pointer("KSum", kv_at(plan, plan.k_sum));
-  sink.pointer("VAmax", kv_at(plan, plan.v_amax));
-  sink.pointer("VBad", kv_at(plan, plan.v_bad));
+  sink.pointer("KSum", plan.kv_at(plan.k_sum));
+  sink.pointer("VAmax", plan.kv_at(plan.v_amax));
+  sink.pointer("VBad", plan.kv_at(plan.v_bad));
+  sink.pointer("KBad", plan.kv_at(plan.k_bad));
+  sink.pointer("CuK", args.cu_seqlens_k);
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("heads_kv", narrow(args.heads_kv));
   sink.i32("parts", narrow(plan.parts));
   sink.i32("part_rows", narrow(plan.part_rows));
   sink.i32("head_dim", narrow(args.head_dim));
   sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("varlen", plan.varlen);
   pass_strides(sink, kKStrides, plan.k);
   pass_strides(sink, kVStrides, plan.v);
   sink.i32("k_vec", plan.k_vec);
@@ -125,23 +124,29 @@ void pass_quantize_kv(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("K", args.k.data);
   sink.pointer("V", args.v.data);
-  sink.pointer("KSum", kv_at(plan, plan.k_sum));
-  sink.pointer("VAmax", kv_at(plan, plan.v_amax));
-  sink.pointer("VBad", kv_at(plan, plan.v_bad));
-  sink.pointer("KShift", kv_at(plan, plan.k_shift));
-  sink.pointer("K8", kv_at(plan, plan.k8));
-  sink.pointer("KScale", kv_at(plan, plan.k_scale));
-  sink.pointer("VOut", kv_at(plan, plan.v_out));
-  sink.pointer("VScale", kv_at(plan, plan.v_scale));
-  sink.pointer("VFirst", kv_at(plan, plan.v_first));
+  sink.pointer("KSum", plan.kv_at(plan.k_sum));
+  sink.pointer("VAmax", plan.kv_at(plan.v_amax));
+  sink.pointer("VBad", plan.kv_at(plan.v_bad));
+  sink.pointer("KBad", plan.kv_at(plan.k_bad));
+  sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("K8", plan.kv_at(plan.k8));
+  sink.pointer("KScale", plan.kv_at(plan.k_scale));
+  sink.pointer("VOut", plan.kv_at(plan.v_out));
+  sink.pointer("VScale", plan.kv_at(plan.v_scale));
+  sink.pointer("VFirst", plan.kv_at(plan.v_first));
+  sink.pointer("HeadFlags", plan.kv_at(plan.head_flags));
+  sink.pointer("CuK", args.cu_seqlens_k);
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("seqlen_pad", narrow(plan.seqlen_pad));
+  sink.i32("k_rows", narrow(plan.k_rows));
   sink.i32("heads_kv", narrow(args.heads_kv));
   sink.i32("parts", narrow(plan.parts));
   sink.i32("head_dim", narrow(args.head_dim));
   sink.i32("head_dim_v", narrow(args.head_dim_v));
   sink.i32("smooth_k", plan.smooth_k);
   sink.i32("copy_v", plan.copy_v);
+  sink.i32("keep_bad", plan.general);
+  sink.i32("varlen", plan.varlen);
   pass_strides(sink, kKStrides, plan.k);
   pass_strides(sink, kVStrides, plan.v);
   sink.i32("k_vec", plan.k_vec);
@@ -152,15 +157,18 @@ template <typename Sink>
 void pass_quantize_q(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   sink.pointer("Q", args.q.data);
-  sink.pointer("KShift", kv_at(plan, plan.k_shift));
-  sink.pointer("Q8", call_at(plan, plan.q8));
-  sink.pointer("QScale", call_at(plan, plan.q_scale));
-  sink.pointer("QShift", call_at(plan, plan.q_shift));
+  sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("Q8", plan.call_at(plan.q8));
+  sink.pointer("QScale", plan.call_at(plan.q_scale));
+  sink.pointer("QShift", plan.call_at(plan.q_shift));
+  sink.pointer("CuQ", args.cu_seqlens_q);
   sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
   sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i64("q_rows", plan.q_rows);
   sink.i32("heads_q", narrow(args.heads_q));
   sink.i32("group", narrow(args.heads_q / args.heads_kv));
   sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("varlen", plan.varlen);
   pass_strides(sink, kQStrides, plan.q);
   sink.i32("q_vec", plan.q_vec);
   sink.i32("shift_lse", plan.shift_lse);
@@ -169,14 +177,14 @@ void pass_quantize_q(Sink& sink, const Plan& plan) {
 template <typename Sink>
 void pass_attention(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
-  sink.pointer("Q8", call_at(plan, plan.q8));
-  sink.pointer("QScale", call_at(plan, plan.q_scale));
-  sink.pointer("QShift", call_at(plan, plan.q_shift));
-  sink.pointer("K8", kv_at(plan, plan.k8));
-  sink.pointer("KScale", kv_at(plan, plan.k_scale));
-  sink.pointer("V", plan.direct_v ? args.v.data : kv_at(plan, plan.v_out));
-  sink.pointer("VScale", kv_at(plan, plan.v_scale));
-  sink.pointer("VFirst", kv_at(plan, plan.v_first));
+  sink.pointer("Q8", plan.call_at(plan.q8));
+  sink.pointer("QScale", plan.call_at(plan.q_scale));
+  sink.pointer("QShift", plan.call_at(plan.q_shift));
+  sink.pointer("K8", plan.kv_at(plan.k8));
+  sink.pointer("KScale", plan.kv_at(plan.k_scale));
+  sink.pointer("V", plan.v_data());
+  sink.pointer("VScale", plan.kv_at(plan.v_scale));
+  sink.pointer("VFirst", plan.kv_at(plan.v_first));
   sink.pointer("Out", args.out.data);
   sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
   sink.i32("seqlen_q", narrow(args.seqlen_q));
@@ -204,7 +212,7 @@ void pass(Sink& sink, const Plan& plan, int role) {
     case kQuantizeQ:
       return pass_quantize_q(sink, plan);
     default:
-      return pass_attention(sink, plan);
+      return plan.general ? pass_general(sink, plan, role) : pass_attention(sink, plan);
   }
 }
 
@@ -214,8 +222,10 @@ int64_t blocks_of(const Plan& plan, int role, int64_t tile) {
       return plan.heads_kv_total * plan.parts;
     case kQuantizeKv:
       return plan.heads_kv_total * (plan.seqlen_pad / tile);
-    default:
+    case kQuantizeQ:
       return plan.heads_q_total * ceil_div(plan.args->seqlen_q, tile);
+    default:
+      return plan.general ? general_blocks(plan, role, tile) : plan.heads_q_total * ceil_div(plan.args->seqlen_q, tile);
   }
 }
 
@@ -225,15 +235,17 @@ Traits read_traits(const VariantEntry& variant) {
   args.heads_q = args.heads_kv = 1;
   Plan plan;
   plan.args = &args;
-  if (variant.kernels[kCombine] >= 0) {
-    traits.defect = concat("row ", kRows[variant.row].id, " has a kernel of the role combine");
+  plan.general = traits.general = variant.kernels[kScanMask] >= 0;
+  bool wanted[kRoleCount] = {};
+  for (int role : kRoles) wanted[role] = traits.general || role <= kAttention;
+  for (int role = 0; role < kRoleCount; ++role) {
+    if (wanted[role] == (variant.kernels[role] >= 0)) continue;
+    traits.defect =
+        concat("row ", kRows[variant.row].id, wanted[role] ? " lacks the kernel" : " has a kernel", " of role ", role);
     return traits;
   }
-  for (int role = 0; role < kRoles; ++role) {
-    if (variant.kernels[role] < 0) {
-      traits.defect = concat("row ", kRows[variant.row].id, " lacks the kernel of role ", role);
-      return traits;
-    }
+  for (int role : kRoles) {
+    if (!wanted[role]) continue;
     const KernelEntry& entry = kKernels[variant.kernels[role]];
     ParameterList list;
     pass(list, plan, role);
@@ -242,7 +254,7 @@ Traits read_traits(const VariantEntry& variant) {
           concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
       return traits;
     }
-    bool bad_tile = entry.tile <= 0 || (role == kQuantizeKv && kKeyPadding % entry.tile != 0);
+    bool bad_tile = entry.tile <= 0 || ((role == kQuantizeKv || role == kScanMask) && kKeyPadding % entry.tile != 0);
     if (bad_tile) {
       traits.defect = concat("kernel ", entry.file, " has tile ", entry.tile);
       return traits;
@@ -251,6 +263,8 @@ Traits read_traits(const VariantEntry& variant) {
   const KernelEntry& quantize_kv = kKernels[variant.kernels[kQuantizeKv]];
   traits.qk_bytes = pointee(quantize_kv.signature, "K8") == "i8" ? 1 : 2;
   traits.pv_fp8 = pointee(quantize_kv.signature, "VOut").compare(0, 3, "fp8") == 0;
+  traits.block_m = kKernels[variant.kernels[kAttention]].tile;
+  if (traits.general) traits.block_n = kKernels[variant.kernels[kScanMask]].tile;
   return traits;
 }
 
@@ -278,12 +292,15 @@ class Portable : public Family {
     Plan plan = make_plan(args, entry, traits(variant));
     check_memory(args, plan.memory, phase);
     // All kernels are made ready before the first is launched: a failure leaves nothing half done.
-    CUkernel kernels[kRoles] = {};
-    for (int role = 0; role < kRoles; ++role) {
-      if (in_phase(role, phase)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
+    CUkernel kernels[kRoleCount] = {};
+    auto needed = [&](int role) {
+      return in_phase(role, phase) && entry.kernels[role] >= 0 && general_needs(plan, role);
+    };
+    for (int role : kRoles) {
+      if (needed(role)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
     }
-    for (int role = 0; role < kRoles; ++role) {
-      if (!in_phase(role, phase)) continue;
+    for (int role : kRoles) {
+      if (!needed(role)) continue;
       const KernelEntry& kernel = kKernels[entry.kernels[role]];
       KernelParameters parameters;
       pass(parameters, plan, role);
@@ -293,7 +310,7 @@ class Portable : public Family {
 
  private:
   static bool in_phase(int role, Phase phase) {
-    return (phase & (role == kAttention ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+    return (phase & (role > kQuantizeQ ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
   }
 
   const Traits& traits(int32_t variant) const {
@@ -306,8 +323,10 @@ class Portable : public Family {
 };
 
 }  // namespace
+}  // namespace portable
 
 const Family& portable_family() {
+  using portable::Portable;
   static const Portable* instance = new Portable;
   return *instance;
 }

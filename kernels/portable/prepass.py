@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pre-pass of the portable family: K shift, INT8 Q and K, V in the form P V reads.
 
-Workspace buffers are contiguous, padded to D (64 or 128) channels, and K and V to a multiple of 128 keys:
-  KSum, VAmax fp32 [B*Hk, parts, D], VBad i32 [B*Hk, parts, 2, D]   partial statistics
+Workspace buffers are contiguous, padded to D (64, 128 or 256) channels, and K and V to a multiple of 128 keys:
+  KSum, VAmax fp32 [B*Hk, parts, D], VBad i32 [B*Hk, parts, 2, D], KBad i32 [B*Hk, parts]   partial statistics
   KShift fp32 [B*Hk, D]; K8 [B*Hk, seqlen_pad, D]; KScale fp32 [B*Hk, seqlen_pad]
   VOut e4m3 [B*Hk, D, seqlen_pad] in pair order, or 16-bit [B*Hk, seqlen_pad, D]; VScale fp32 [B*Hk, D]
   VFirst i32 [B*Hk, 2, D]   first key whose V is +inf or NaN, -inf or NaN
+  HeadFlags i32 [B*Hk]   1: V holds an infinity or NaN, 2: K does, 3: both
   Q8 [B*H, S, D]; QScale, QShift fp32 [B*H, S]
+With packed sequences (varlen) B*Hk, seqlen_pad becomes Hk, k_rows and B*H, S becomes H, q_rows in the buffers of rows
+of Q, K and V; see packed_keys and packed_queries of tiles.py for the rows.
 
 INT8 uses one scale per row of Q and of K (SageAttention2, arXiv 2411.10958, smooths K the same way; its groups are
 larger). A row of K that holds an infinity becomes +-127 at the infinities with scale inf, one that holds a NaN gets
@@ -15,7 +18,7 @@ scale NaN, so that its scores are what exact attention gives.
 
 import triton
 import triton.language as tl
-from tiles import load_tile
+from tiles import load_tile, packed_keys, packed_queries
 
 NEVER = tl.constexpr(2147483647)  # key index that no query reaches
 MAX_PARTS = tl.constexpr(32)  # partial statistics of one head; the host splits no finer
@@ -57,9 +60,21 @@ def _store_carrier(pointers, y, mask):
 
 
 @triton.jit
+def _mark_nonfinite(v8, v):
+    """FP8 values of magnitudes up to 416 with what is infinite or NaN in v as 448 (+inf), -448 (-inf) and -0 (NaN).
+
+    All three are finite: a query that does not see the key has weight 0 for it, whatever stands there.
+    """
+    bits = v8.to(tl.uint8, bitcast=True).to(tl.int32)
+    bits = tl.where(bits == 0x80, 0, bits)
+    bits = tl.where(v == float("inf"), 0x7E, tl.where(v == float("-inf"), 0xFE, bits))
+    return tl.where(v == v, bits, 0x80).to(tl.uint8).to(v8.dtype, bitcast=True)
+
+
+@triton.jit
 def kv_stats(
-    K, V, KSum, VAmax, VBad,
-    seqlen_k, heads_kv, parts, part_rows, head_dim, head_dim_v,
+    K, V, KSum, VAmax, VBad, KBad, CuK,
+    seqlen_k, heads_kv, parts, part_rows, head_dim, head_dim_v, varlen,
     k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, k_vec, v_vec,
     D: tl.constexpr, BLOCK: tl.constexpr, V_STATS: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +85,9 @@ def kv_stats(
     b = (bh // heads_kv).to(tl.int64)
     h = (bh % heads_kv).to(tl.int64)
     d = tl.arange(0, D)
-    k_base = K + b * k_sb + h * k_sh
-    v_base = V + b * v_sb + h * v_sh
+    _, k_start, _, seqlen_k = packed_keys(CuK, b, h, heads_kv, seqlen_k, 0, varlen)
+    k_base = K + b * k_sb + h * k_sh + k_start * k_ss
+    v_base = V + b * v_sb + h * v_sh + k_start * v_ss
     first_row = part * part_rows
     last_row = tl.minimum(first_row + part_rows, seqlen_k)
     offset = (bh.to(tl.int64) * parts + part) * D
@@ -85,7 +101,9 @@ def kv_stats(
             amax = _nan_max(amax, tl.abs(v))
     k_sum = tl.sum(sums, 0)
     v_amax = tl.reduce(amax, 0, _nan_max)
-    if tl.max((~_is_finite(k_sum)).to(tl.int32), 0) > 0:  # rare: leave non-finite keys out
+    k_bad = tl.max((~_is_finite(k_sum)).to(tl.int32), 0)
+    tl.store(KBad + bh.to(tl.int64) * parts + part, k_bad)
+    if k_bad > 0:  # rare: leave non-finite keys out
         k_sum = tl.zeros([D], tl.float32)
         for row in tl.range(first_row, last_row, BLOCK, num_stages=1):
             k = load_tile(k_base, row, last_row, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
@@ -110,8 +128,8 @@ def kv_stats(
 
 @triton.jit
 def quantize_kv(
-    K, V, KSum, VAmax, VBad, KShift, K8, KScale, VOut, VScale, VFirst,
-    seqlen_k, seqlen_pad, heads_kv, parts, head_dim, head_dim_v, smooth_k, copy_v,
+    K, V, KSum, VAmax, VBad, KBad, KShift, K8, KScale, VOut, VScale, VFirst, HeadFlags, CuK,
+    seqlen_k, seqlen_pad, k_rows, heads_kv, parts, head_dim, head_dim_v, smooth_k, copy_v, keep_bad, varlen,
     k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, k_vec, v_vec,
     D: tl.constexpr, BLOCK: tl.constexpr, V_STATS: tl.constexpr, PV_FP8: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +146,10 @@ def quantize_kv(
     part = tl.arange(0, MAX_PARTS)[:, None]
     partial = (bh * parts + part) * D + d[None, :]
     has_part = part < parts
+    k_row, k_start, k_pad, seqlen_k = packed_keys(CuK, b, h, heads_kv, seqlen_k, k_rows, varlen)
+    exists = True  # a packed sequence may end before the longest one
+    if varlen != 0:
+        exists = row < seqlen_k
 
     shift = tl.zeros([D], tl.float32)
     if smooth_k != 0:
@@ -136,41 +158,64 @@ def quantize_kv(
     if block == 0:
         tl.store(KShift + bh * D + d, shift)
 
-    k = load_tile(K + b * k_sb + h * k_sh, row, seqlen_k, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
-    k = tl.where((rows < seqlen_k)[:, None], k - shift[None, :], 0.0)
-    k8, k_scale, _ = _quantize_rows(k)
-    _store_carrier(K8 + bh * seqlen_pad * D + rows[:, None] * D + d[None, :], k8, None)
-    tl.store(KScale + bh * seqlen_pad + rows, k_scale)
+    if exists:
+        k_base = K + b * k_sb + h * k_sh + k_start * k_ss
+        k = load_tile(k_base, row, seqlen_k, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
+        k = tl.where((rows < seqlen_k)[:, None], k - shift[None, :], 0.0)
+        k8, k_scale, _ = _quantize_rows(k)
+        _store_carrier(K8 + (k_row + k_pad) * D + rows[:, None] * D + d[None, :], k8, None)
+        tl.store(KScale + k_row + k_pad + rows, k_scale)
 
     if V_STATS > 0:
         if block == 0:
             bad = VBad + (2 * partial - d[None, :])  # [parts, 2, D]
-            tl.store(VFirst + 2 * bh * D + d, tl.min(tl.load(bad, mask=has_part, other=NEVER), 0))
-            tl.store(VFirst + 2 * bh * D + D + d, tl.min(tl.load(bad + D, mask=has_part, other=NEVER), 0))
+            first_pos = tl.min(tl.load(bad, mask=has_part, other=NEVER), 0)
+            first_neg = tl.min(tl.load(bad + D, mask=has_part, other=NEVER), 0)
+            tl.store(VFirst + 2 * bh * D + d, first_pos)
+            tl.store(VFirst + 2 * bh * D + D + d, first_neg)
+            v_bad = (tl.min(tl.minimum(first_pos, first_neg), 0) < NEVER).to(tl.int32)
+            p = tl.arange(0, MAX_PARTS)
+            k_bad = tl.max(tl.load(KBad + bh * parts + p, mask=p < parts, other=0), 0)
+            tl.store(HeadFlags + bh, v_bad + 2 * k_bad)
 
-    v_base = V + b * v_sb + h * v_sh
+    v_base = V + b * v_sb + h * v_sh + k_start * v_ss
     if PV_FP8:
         amax = tl.max(tl.load(VAmax + partial, mask=has_part, other=0.0), 0)
         zero = amax < TINY
+        limit = 448.0
+        marked = keep_bad != 0
+        if keep_bad != 0:
+            bad = VBad + (2 * partial - d[None, :])
+            first_bad = tl.minimum(
+                tl.load(bad, mask=has_part, other=NEVER), tl.load(bad + D, mask=has_part, other=NEVER)
+            )
+            marked = tl.min(tl.min(first_bad, 1), 0) < NEVER
+            limit = tl.where(marked, 416.0, 448.0)
         if block == 0:
-            tl.store(VScale + bh * D + d, tl.where(zero, 1.0, amax * (1.0 / 448.0)))
-        inv = tl.where(zero, 0.0, 448.0 / tl.where(zero, 1.0, amax))
-        v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
-        v = tl.where(_is_finite(v), v, 0.0) * inv[None, :]
-        v8 = tl.trans(tl.minimum(tl.maximum(v, -448.0), 448.0).to(tl.float8e4nv))
-        # Pair order: within 16 keys, the order in which a thread of the score fragment holds them, so that P needs
-        # no exchange between threads to become the A operand of P V.
-        v8 = tl.reshape(tl.permute(tl.reshape(v8, [D, BLOCK // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [D, BLOCK])
-        tl.store(VOut + bh * D * seqlen_pad + d[:, None] * seqlen_pad + rows[None, :], v8)
+            tl.store(VScale + bh * D + d, tl.where(zero, 1.0, amax * (1.0 / limit)))
+        if exists:
+            inv = tl.where(zero, 0.0, limit / tl.where(zero, 1.0, amax))
+            v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
+            x = tl.where(_is_finite(v), v, 0.0) * inv[None, :]
+            v8 = tl.minimum(tl.maximum(x, -limit), limit).to(tl.float8e4nv)
+            if marked:
+                v8 = _mark_nonfinite(v8, v)
+            v8 = tl.trans(v8)
+            # Pair order: within 16 keys, the order in which a thread of the score fragment holds them, so that P needs
+            # no exchange between threads to become the A operand of P V.
+            v8 = tl.reshape(tl.permute(tl.reshape(v8, [D, BLOCK // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [D, BLOCK])
+            tl.store(VOut + k_row * D + k_pad + d[:, None] * k_rows + rows[None, :], v8)
     elif copy_v != 0:
-        v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
-        tl.store(VOut + bh * seqlen_pad * D + rows[:, None] * D + d[None, :], v.to(VOut.dtype.element_ty))
+        if exists:
+            v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
+            pointers = VOut + (k_row + k_pad) * D + rows[:, None] * D + d[None, :]
+            tl.store(pointers, v.to(VOut.dtype.element_ty))
 
 
 @triton.jit
 def quantize_q(
-    Q, KShift, Q8, QScale, QShift,
-    scale_log2, seqlen_q, heads_q, group, head_dim, q_sb, q_sh, q_ss, q_sd, q_vec, shift_lse,
+    Q, KShift, Q8, QScale, QShift, CuQ,
+    scale_log2, seqlen_q, q_rows, heads_q, group, head_dim, varlen, q_sb, q_sh, q_ss, q_sd, q_vec, shift_lse,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of queries, scaled by softmax_scale * log2(e); with shift_lse also their products with the K shift."""
@@ -182,12 +227,14 @@ def quantize_q(
     d = tl.arange(0, D)
     row = (pid % blocks) * BLOCK
     rows = row + tl.arange(0, BLOCK)
+    q_row, q_start, seqlen_q = packed_queries(CuQ, b, h, heads_q, seqlen_q, q_rows, varlen)
     inside = rows < seqlen_q
-    q = load_tile(Q + b * q_sb + h * q_sh, row, seqlen_q, q_ss, q_sd, head_dim, q_vec, D, BLOCK) * scale_log2
+    q_base = Q + b * q_sb + h * q_sh + q_start * q_ss
+    q = load_tile(q_base, row, seqlen_q, q_ss, q_sd, head_dim, q_vec, D, BLOCK) * scale_log2
     q8, q_scale, amax = _quantize_rows(q)
     q_scale = tl.where(amax == float("inf"), float("nan"), q_scale)  # +inf and -inf scores: no softmax exists
-    _store_carrier(Q8 + bh * seqlen_q * D + rows[:, None] * D + d[None, :], q8, inside[:, None])
-    tl.store(QScale + bh * seqlen_q + rows, q_scale, mask=inside)
+    _store_carrier(Q8 + (q_row + rows)[:, None] * D + d[None, :], q8, inside[:, None])
+    tl.store(QScale + q_row + rows, q_scale, mask=inside)
     if shift_lse != 0:
         shift = tl.load(KShift + (bh // group) * D + d)  # heads_q is a multiple of group, so batches line up
-        tl.store(QShift + bh * seqlen_q + rows, tl.sum(q * shift[None, :], 1), mask=inside)
+        tl.store(QShift + q_row + rows, tl.sum(q * shift[None, :], 1), mask=inside)

@@ -14,8 +14,11 @@ namespace sagert {
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
-// Keys whose P V is issued while those behind them are exponentiated.
-constexpr int kFirstKeys = kHeadDim == 128 ? 64 : kBlock;
+// Parts of a block: P V of one is issued while the next is exponentiated.
+#ifndef PARTS
+#define PARTS (kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1)
+#endif
+constexpr int kParts = PARTS;
 
 template <int count>
 __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
@@ -176,6 +179,19 @@ struct Consumer : ConsumerBase {
     named_barrier(threadIdx.x / 128, 128);
   }
 
+  // P of the keys from part `part` on, and its product with V.
+  template <int part>
+  __device__ __forceinline__ void weigh(const float (&c)[2]) {
+    constexpr int first = part * kBlock / kParts, last = (part + 1) * kBlock / kParts;
+    exponentiate<first / 2, last / 2>(c);
+    pack<first, last>();
+    if constexpr (part == 0) mbarrier_wait(full_v(), v.parity);
+    pin_first<kWeights * (part + 1) / kParts>(scores);
+    if constexpr (part == 0) pin(o);
+    issue_pv<first, last>();
+    if constexpr (part + 1 < kParts) weigh<part + 1>(c);
+  }
+
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
   // the keys; with keys that are not finite every block is masked.
   __device__ __forceinline__ void attend_blocks(const Tile& tile, int end, int masked, bool k_bad) {
@@ -194,18 +210,7 @@ struct Consumer : ConsumerBase {
       } else {
         reduce(c, k_scale);
       }
-      exponentiate<0, kFirstKeys / 2>(c);
-      pack<0, kFirstKeys>();
-      mbarrier_wait(full_v(), v.parity);
-      pin_first<kWeights * kFirstKeys / kBlock>(scores);
-      pin(o);
-      issue_pv<0, kFirstKeys>();
-      if constexpr (kFirstKeys < kBlock) {
-        exponentiate<kFirstKeys / 2, kBlock / 2>(c);
-        pack<kFirstKeys, kBlock>();
-        pin_first<kWeights>(scores);
-        issue_pv<kFirstKeys, kBlock>();
-      }
+      weigh<0>(c);
       wgmma_wait<0>();
       pin(o);
       pin_first<kWeights>(scores);

@@ -7,14 +7,9 @@ import pytest
 
 from tests.abi.test_abi_wgmma import NAMES as WGMMA_NAMES
 from tests.kit import abi, fake_build
-from tests.kit.fake_build import tomllib
 from tests.kit.stub import calls
 
-MANIFEST = tomllib.loads((fake_build.ROOT / "kernels/portable/manifest.toml").read_text())
-NAMES = {
-    90: {kernel["role"]: [*kernel["args"], "hidden0", "hidden1"] for kernel in MANIFEST["kernel"]},
-    100: WGMMA_NAMES,
-}
+NAMES = {90: fake_build.portable_parameters(fake_build.PLAIN_KERNELS), 100: WGMMA_NAMES}
 WORKSPACE, KV = 1 << 40, 1 << 42
 POINTERS = [
     "KSum", "VAmax", "VBad", "KShift", "K8", "KScale", "KBad", "VOut", "V8", "VScale", "VMean", "VFirst", "HeadFlags",

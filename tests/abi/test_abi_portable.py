@@ -7,12 +7,10 @@ import math
 import pytest
 
 from tests.kit import abi, fake_build
-from tests.kit.fake_build import tomllib
 from tests.kit.stub import calls
 
 WORKSPACE = 1 << 40
-MANIFEST = tomllib.loads((fake_build.ROOT / "kernels/portable/manifest.toml").read_text())
-NAMES = {kernel["role"]: [*kernel["args"], "hidden0", "hidden1"] for kernel in MANIFEST["kernel"]}
+NAMES = fake_build.portable_parameters(fake_build.PLAIN_KERNELS)
 
 
 def run(stub, library, tmp_path, function="sagert_attention", **case):
@@ -71,7 +69,9 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     assert kv["grid"] == b * hk * skp // 64
     assert q["grid"] == b * h * ceil(s, 64)
     assert attend["grid"] == b * h * ceil(s, 128)
-    assert kv["seqlen_pad"] == attend["seqlen_pad"] == skp
+    assert kv["seqlen_pad"] == kv["k_rows"] == attend["seqlen_pad"] == skp
+    assert q["q_rows"] == s
+    assert stats["varlen"] == kv["varlen"] == kv["keep_bad"] == q["varlen"] == 0
     assert q["group"] == attend["group"] == h // hk
     assert math.isclose(q["scale_log2"], 0.125 * math.log2(math.e), rel_tol=1e-6)
     assert attend["write_lse"] == lse
@@ -94,7 +94,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     sizes = {
         "KSum": b * hk * parts * dp * 4, "VBad": b * hk * parts * 2 * dp * 4, "KShift": b * hk * dp * 4,
         "K8": b * hk * skp * dp, "KScale": b * hk * skp * 4, "VFirst": b * hk * 2 * dp * 4,
-        "Q8": b * h * s * dp, "QScale": b * h * s * 4,
+        "Q8": b * h * s * dp, "QScale": b * h * s * 4, "KBad": b * hk * parts * 4, "HeadFlags": b * hk * 4,
     }  # fmt: skip
     if fp8:
         sizes |= {"VAmax": b * hk * parts * dp * 4, "VOut": b * hk * skp * dp, "VScale": b * hk * dp * 4}

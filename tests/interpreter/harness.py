@@ -40,6 +40,8 @@ def run(q, k, v, *, precision, causal=False, scale=None, smooth_k=True, tiles=(6
 
     k_sum, v_amax = _poisoned((nb, parts, dp), torch.float32), _poisoned((nb, parts, dp), torch.float32)
     v_bad, v_first = _poisoned((nb, parts, 2, dp), torch.int32), _poisoned((nb, 2, dp), torch.int32)
+    k_bad, flags = _poisoned((nb, parts), torch.int32), _poisoned((nb,), torch.int32)
+    cu = torch.zeros(2, dtype=torch.int32)  # not read
     k_shift, v_scale = _poisoned((nb, dp), torch.float32), _poisoned((nb, dp), torch.float32)
     k8, k_scale = _poisoned((nb, skp, dp), carrier), _poisoned((nb, skp), torch.float32)
     q8 = _poisoned((b * h, s, dp), carrier)
@@ -52,16 +54,17 @@ def run(q, k, v, *, precision, causal=False, scale=None, smooth_k=True, tiles=(6
 
     kv_strides = (*k.stride(), *v.stride(), _vec(k, dp), _vec(v, dp))
     prepass.kv_stats[(nb * parts,)](
-        k, v, k_sum, v_amax, v_bad, sk, hk, parts, part_rows, d, d, *kv_strides, D=dp, BLOCK=BLOCK, V_STATS=v_stats
-    )
+        k, v, k_sum, v_amax, v_bad, k_bad, cu, sk, hk, parts, part_rows, d, d, 0, *kv_strides,
+        D=dp, BLOCK=BLOCK, V_STATS=v_stats,
+    )  # fmt: skip
     prepass.quantize_kv[(nb * (skp // BLOCK),)](
-        k, v, k_sum, v_amax, v_bad, k_shift, k8, k_scale, v_out, v_scale, v_first,
-        sk, skp, hk, parts, d, d, int(smooth_k), int(copy_v), *kv_strides,
+        k, v, k_sum, v_amax, v_bad, k_bad, k_shift, k8, k_scale, v_out, v_scale, v_first, flags, cu,
+        sk, skp, skp, hk, parts, d, d, int(smooth_k), int(copy_v), 0, 0, *kv_strides,
         D=dp, BLOCK=BLOCK, V_STATS=v_stats, PV_FP8=fp8,
     )  # fmt: skip
     prepass.quantize_q[(b * h * cdiv(s, BLOCK),)](
-        q, k_shift, q8, q_scale, q_shift, scale * math.log2(math.e), s, h, h // hk, d, *q.stride(), _vec(q, dp),
-        int(smooth_k), D=dp, BLOCK=BLOCK,
+        q, k_shift, q8, q_scale, q_shift, cu, scale * math.log2(math.e), s, s, h, h // hk, d, 0,
+        *q.stride(), _vec(q, dp), int(smooth_k), D=dp, BLOCK=BLOCK,
     )  # fmt: skip
     if fp8:
         pv, v_strides = v_out, (hk * dp * skp, dp * skp, skp)

@@ -27,7 +27,10 @@ from tests.kit import abi
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine")
+ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair")
+PLAIN_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "attention")  # ids after "portable."
+GENERAL_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "scan_mask", "list_blocks", "general", "repair")
+GENERAL_FLAGS = abi.MASK | abi.VARLEN | abi.WINDOW | abi.BOTTOM_RIGHT
 FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K | abi.QUANTIZED_KV
 ANY = (0, 2**63 - 1)
 
@@ -85,6 +88,7 @@ class FakeRow:
     family: str = "portable"
     cluster: int = 1  # of quantize_kv
     ctas_per_sm: int = 1
+    general: bool = False  # of the portable family: masks, windows, packed sequences, head dims up to 256
     combine: bool = False  # the keys of small grids can be split
     rank_when: tuple[RankWhen, ...] = ()
 
@@ -108,6 +112,8 @@ ROWS = (
             RankWhen(110, seqlen_k=(4096, 8191)),
         ),
     ),
+    FakeRow("sm89", abi.INT8_FP16, "general_int8_fp16", 200, 0, 89, 89, general=True),
+    FakeRow("sm89", abi.INT8_FP8, "general_int8_fp8", 190, 1, 89, 89, general=True),
 )  # fmt: skip
 ABSENCES = ((80, 87, abi.INT8_FP8, "these GPUs have no FP8 tensor cores"),)
 
@@ -149,9 +155,21 @@ def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
                 pairs = [["VMap", "tensormap"] if name == "V8" else [name, kind] for name, kind in pairs]
             out[role] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in pairs)
         return out
-    for kernel in manifest["kernel"]:
+    by_id = {kernel["id"]: kernel for kernel in manifest["kernel"]}
+    for name in GENERAL_KERNELS if row.general else PLAIN_KERNELS:
+        kernel = by_id[f"portable.{name}"]
         out[kernel["role"]] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in kernel["args"].items())
     return out
+
+
+def portable_parameters(kernels: tuple[str, ...]) -> dict[str, list[str]]:
+    """Parameter names by role, the compiler's own included, of PLAIN_KERNELS or GENERAL_KERNELS."""
+    manifest = tomllib.loads((ROOT / "kernels/portable/manifest.toml").read_text())
+    return {
+        kernel["role"]: [*kernel["args"], "hidden0", "hidden1"]
+        for kernel in manifest["kernel"]
+        if kernel["id"].removeprefix("portable.") in kernels
+    }
 
 
 def _quote(text: str) -> str:
@@ -174,13 +192,14 @@ def build(folder: Path, compiler: list[str]) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         rows.append(
             f'{_quote(f"{row.arch}.fake.{row.name}")}, {bundle}, "{row.family}", {row.precision}, {row.accuracy}, '
-            f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS}u, {1 << abi.FP16 | 1 << abi.BF16}u, 128, "
+            f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS | GENERAL_FLAGS * row.general}u, "
+            f"{1 << abi.FP16 | 1 << abi.BF16}u, {256 if row.general else 128}, {int(row.general)}, "
             f'8388608, 0.02, "{{}}", "{{}}", {len(ranks)}, {len(row.rank_when)}'
         )
         for when in row.rank_when:
             bounds = ", ".join(map(str, (*when.head_dim, *when.seqlen_q, *when.seqlen_k, when.tiles_max)))
             ranks.append(f"{when.rank}, {when.causal}, {bounds}")
-        for head_dim in (64, 128):
+        for head_dim in (64, 128, 256) if row.general else (64, 128):
             for dtype, dtype_code in DTYPES.items():
                 for causal in (0, 1):
                     uses = dict.fromkeys(ROLES, -1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from build_tools.errors import ManifestError
 from build_tools.expand import expand
 from build_tools.manifest import load
 
@@ -64,6 +67,23 @@ def test_symbols_are_distinct_and_stable(kernels: Path) -> None:
     assert len(set(symbols)) == len(symbols)
     assert symbols == [kernel.job.symbol for kernel in second.kernels]
     assert "sagert_sm80_attend_i8_fp16_d64_causal_w4" in symbols
+
+
+def test_warps_may_depend_on_an_axis(kernels: Path) -> None:
+    path = kernels / "sm80" / "manifest.toml"
+    text = path.read_text()
+    stats = text.index('use = "tiny.stats"')
+    start = text.index("num_warps", stats)
+    end = text.index("\n", start)
+    warps = "num_warps = [{ head_dim = 64, value = 8 }, { value = 2 }]"
+    path.write_text(text[:start] + warps + text[end:])
+    for variant in expand(load(kernels)[0]).variants:
+        plan = expand(load(kernels)[0])
+        job = plan.kernels[variant.kernels["kv_stats"]].job
+        assert (job.num_warps, job.threads) == ((8, 256) if variant.axes["head_dim"] == 64 else (2, 64))
+    path.write_text(text[:start] + warps.replace("8", "7") + text[end:])
+    with pytest.raises(ManifestError, match=r"num_warps = .*allowed: 1, 2, 4, 8, 16, 32"):
+        load(kernels)
 
 
 def test_row_filter(kernels: Path) -> None:

@@ -34,6 +34,11 @@ ARCH_MISTAKES = [
     ('"lse"]', '"lsee"]', ROW + r": requires: flags = .*'lsee' is unknown; allowed: causal, lse"),
     ('"causal", "lse"]', '"lse"]', ROW + r": requires: flags = .*'causal' must be listed exactly if"),
     ("head_dim_max = 64", "head_dim_max = 128", ROW + r": requires: head_dim_max = 128: no kernel is built for it"),
+    (
+        "head_dim_max = 64",
+        'head_dim_max = 64, head_dim_v = "all"',
+        ROW + r": requires: head_dim_v = 'all': allowed: equal, any",
+    ),
     ("head_dim = [32, 64]", "head_dim = [33, 64]", ROW + r": axes: head_dim = .*33 is not allowed: multiples of 16"),
     ("head_dim = [32, 64]", "head_dim = []", ROW + r": axes: head_dim = \[\]: expected at least one"),
     ("causal = [false, true]", "causal = [0, true]", ROW + r": axes: causal = .*0 is not allowed: false, true"),

@@ -21,11 +21,20 @@ REQUESTS = {
     "no smoothing": {"flags": abi.NO_SMOOTH_K | abi.LSE | abi.CAUSAL},
     "empty": {"batch": 0},
     "no keys": {"seqlen_k": 0},
+    "mask": {"flags": abi.MASK | abi.LSE, "mask_dtype": abi.BOOL},
+    "mask and window": {"flags": abi.MASK | abi.WINDOW | abi.CAUSAL, "mask_dtype": abi.FP32, "window_right": -1},
+    "window": {"flags": abi.WINDOW, "window_left": 100},
+    "bottom right": {"flags": abi.CAUSAL | abi.BOTTOM_RIGHT},
+    "packed": {"flags": abi.VARLEN | abi.LSE},
+    "d129": {"head_dim": 129},
+    "d256": {"head_dim": 256, "dtype": abi.FP16},
     "long": {"batch": 1, "seqlen_q": 8388608, "seqlen_k": 8388608, "heads_q": 1, "heads_kv": 1},
 }
-REFUSED = {  # request, code of the reason that every row on the device has
+REFUSED = {  # request, code of the reason that every row for the device has
     "fp32": ({"dtype": abi.FP32}, "dtype", "cast to bf16"),
     "d129": ({"head_dim": 129}, "head_dim", "head_dim of at most 128"),
+    "d257": ({"head_dim": 257, "head_dim_v": 64}, "head_dim", "head_dim of at most"),
+    "dv257": ({"head_dim": 64, "head_dim_v": 257}, "head_dim_v", "head_dim"),
     "dv": ({"head_dim": 128, "head_dim_v": 64}, "head_dim_v", "pad head_dim_v to 128"),
     "dv larger": ({"head_dim": 64, "head_dim_v": 96}, "head_dim_v", "pad head_dim to 96"),
     "queries": ({"seqlen_q": 8388609}, "seqlen_q", "split the queries"),
@@ -39,6 +48,9 @@ REFUSED = {  # request, code of the reason that every row on the device has
     "quantized": ({"flags": abi.QUANTIZED_KV | abi.VARLEN}, "quantized_kv", "pass k and v"),
     "grid": ({"batch": 1 << 31}, "grid", "split the batch"),
 }
+
+
+SERVED_BY_GENERAL_ROWS = ("d129", "dv", "dv larger", "mask", "varlen", "window", "bottom right")  # where there are any
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +117,15 @@ def test_refusals_name_the_reason_and_the_change(table, capability, name):
     if table.select(abi.request(), dev)[0] != abi.OK:
         pytest.skip("no row for this device in this build")
     status, _ = table.select(req, dev)
+    if status == abi.OK:
+        assert name in SERVED_BY_GENERAL_ROWS
+        return
     assert status == abi.UNSUPPORTED
     assert hint in table.error()
     report = table.explain(req, dev)
     for row in report["rows"]:
-        assert code in [reason["code"] for reason in row["reasons"]]
+        codes = [reason["code"] for reason in row["reasons"]]
+        assert code in codes or "capability" in codes
     assert hint in report["hint"]
 
 
@@ -125,7 +141,7 @@ def test_every_row_is_reachable(table):
     """A device and a request for which the row wins."""
     rows = table.rows()
     reached = set()
-    shapes = itertools.product((abi.FP16, abi.BF16), (64, 1000, 32768), (0, abi.CAUSAL))
+    shapes = itertools.product((abi.FP16, abi.BF16), (64, 1000, 32768), (0, abi.CAUSAL, abi.VARLEN))
     for row, (dtype, length, flags) in itertools.product(rows, list(shapes)):
         drivers = {row.driver_min, *(other.driver_min for other in rows)}
         for capability, driver in itertools.product((row.capability_min, row.capability_max), drivers):
@@ -246,3 +262,43 @@ def test_selection_is_pure(lib):
     answers = {(lib.select(req, dev)[1].row, lib.select(req, dev)[1].variant) for _ in range(50)}
     assert len(answers) == 1
     assert (bytes(req), bytes(dev)) == before
+
+
+GENERAL = [  # request, row of the invented table that auto takes on capability 8.9
+    ({}, "int8_fp8"),
+    ({"flags": abi.CAUSAL | abi.LSE}, "int8_fp8"),
+    ({"flags": abi.MASK, "mask_dtype": abi.BF16}, "general_int8_fp8"),
+    ({"flags": abi.MASK, "mask_dtype": abi.BOOL, "precision": abi.INT8_FP16}, "general_int8_fp16"),
+    ({"flags": abi.WINDOW, "window_left": 5}, "general_int8_fp8"),
+    ({"flags": abi.VARLEN | abi.CAUSAL}, "general_int8_fp8"),
+    ({"flags": abi.BOTTOM_RIGHT | abi.CAUSAL}, "general_int8_fp8"),
+    ({"head_dim": 129}, "general_int8_fp8"),
+    ({"head_dim": 192, "head_dim_v": 128, "precision": abi.INT8_FP16}, "general_int8_fp16"),
+    ({"head_dim": 64, "head_dim_v": 256}, "general_int8_fp8"),
+    ({"head_dim": 64, "head_dim_v": 65}, "general_int8_fp8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "row"), GENERAL, ids=str)
+def test_general_rows_take_what_plain_rows_leave(lib, changes, row):
+    assert lib.explain(abi.request(**changes), abi.device(89))["selected"] == f"sm89.fake.{row}"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121])
+@pytest.mark.parametrize(("changes", "_"), GENERAL, ids=str)
+def test_every_architecture_serves_every_feature(real_library, capability, changes, _):
+    table = abi.Library(real_library)
+    dev = abi.device(capability, 13000)
+    if not any(row.capability_min <= capability <= row.capability_max for row in table.rows()):
+        pytest.skip("no rows for this device in this build")
+    assert table.select(abi.request(**changes), dev)[0] == abi.OK
+
+
+def test_the_nearest_row_is_the_widest(lib):
+    assert lib.explain(abi.request(head_dim=257), abi.device(89))["hint"] == "use a head_dim of at most 256"
+
+
+@pytest.mark.parametrize("flags", [abi.MASK | abi.VARLEN, abi.MASK | abi.VARLEN | abi.CAUSAL])
+def test_masks_need_sequences_of_one_length(lib, flags):
+    assert lib.select(abi.request(flags=flags, mask_dtype=abi.BOOL), abi.device(89))[0] == abi.INVALID_ARGUMENT
+    assert "FLAG_MASK and FLAG_VARLEN" in lib.error()
