@@ -283,6 +283,18 @@ def _hidden(
     return masked if hidden is None else masked | hidden, added
 
 
+def quantize_queries(q: Tensor, scale: float, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """INT8 values of q [..., D], held in fp32, and the scale of each row [..., 1], with scale * log2(e) in it.
+
+    The portable family scales before it quantizes, the wgmma family after: what lies between two integers may differ.
+    """
+    factor = torch.tensor(scale * LOG2E, dtype=torch.float32, device=q.device)
+    if recipe.family != "wgmma":
+        return quantize_rows(q.float() * factor, math.nan)
+    values, row = quantize_rows(q.float(), math.nan)
+    return torch.copysign(torch.ones_like(factor), factor) * values, row * factor.abs()
+
+
 def _heads(
     q: Tensor, kv: KeyValues, s: int, mask: Tensor | None, seen: Pattern, scale: float, recipe: Recipe, io: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -292,7 +304,7 @@ def _heads(
     n, rows, _ = q.shape
     sk = kv.k.shape[1]
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
-    q8, q_scale = quantize_rows(qf, math.nan)
+    q8, q_scale = quantize_queries(q, scale, recipe)
     k_scale = kv.k_scale.transpose(1, 2)
     p_scale, slack = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0)
     position = torch.arange(s, device=q.device).repeat(rows // s)

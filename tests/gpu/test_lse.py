@@ -14,7 +14,6 @@ from feature_masks import MaskSpec
 from feature_oracle import positions_see
 
 from sagert import reference
-from sagert.quantize import quantize_rows
 
 LENGTH = 4096
 LSE_MAX = 1e-3
@@ -40,8 +39,7 @@ def quantized_scores_lse(problem: feature_run.Problem, family: str) -> torch.Ten
     """Float64 LSE ``[B, H, S]`` of the scores after a family's quantization of Q and K, the shift of K given back."""
     case, q, k = problem.case, problem.q, problem.k
     recipe = reference.Recipe("int8_fp16", case.smooth_k, family)
-    scale = torch.tensor(case.head_dim**-0.5 * reference.LOG2E, dtype=torch.float32, device=q.device)
-    q8, q_scale = quantize_rows(q.float() * scale, float("nan"))
+    q8, q_scale = reference.quantize_queries(q, case.head_dim**-0.5, recipe)
     lse = torch.empty(q.shape[:3], dtype=torch.float64, device=q.device)
     rows = torch.arange(case.seqlen_q, device=q.device)
     seen = positions_see(rows, case.seqlen_q, case.seqlen_k, case.causal, case.bottom_right, case.window)

@@ -17,6 +17,7 @@ LAYERS = {
     "version": 0,
     "codes": 1,
     "visibility": 1,
+    "exponential": 1,
     "kv": 1,
     "settings": 2,
     "native": 2,

@@ -153,7 +153,8 @@ def test_integer_pv_is_its_definition(causal):
     out, lse = reference.attention(
         q, k, v, is_causal=causal, precision="int8_int8", family="wgmma", smooth_k=False, scale=0.5
     )
-    q8, q_scale = quantize.quantize_rows(q[0, 0].float() * torch.tensor(0.5 * reference.LOG2E), math.nan)
+    q8, q_scale = quantize.quantize_rows(q[0, 0].float(), math.nan)
+    q_scale = q_scale * torch.tensor(0.5 * reference.LOG2E)
     k8, k_scale = quantize.quantize_key_groups(k[0].float())
     scores = (q8.double() @ k8[0].double().T) * q_scale.double() * k_scale[0].double().T
     if causal:
