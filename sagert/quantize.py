@@ -11,11 +11,6 @@ from torch import Tensor
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
-def _rounded(x: Tensor, factor: Tensor) -> Tensor:
-    """x * factor to the nearest integer, half to even, rounded once, as the kernels' fused multiply-add does."""
-    return torch.round(x.double() * factor.double()).float()
-
-
 def k_shift(k: Tensor) -> Tensor:
     """Mean over keys of the finite entries of k [N, Sk, D], others counting as 0: [N, 1, D]."""
     shift = torch.where(k.isfinite(), k, 0.0).sum(1, keepdim=True) / k.shape[1]
@@ -35,7 +30,7 @@ def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
     amax = clean.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     zero = amax < TINY
     inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, amax))
-    values = _rounded(clean, inverse)
+    values = torch.round(clean * inverse)
     at_infinities = torch.where(finite, 0.0, 127.0 * torch.sign(torch.where(nan, 0.0, x)))
     values = torch.where(bad, torch.where(nan, 0.0, at_infinities), values)
     scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
@@ -55,7 +50,7 @@ def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     zero = amax < TINY
     inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, amax))
     scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
-    values = _rounded(groups, inverse).reshape(n, -1, d)[:, :keys]
+    values = torch.round(groups * inverse).reshape(n, -1, d)[:, :keys]
     return values, scale.expand(*groups.shape[:-1], 1).reshape(n, -1, 1)[:, :keys]
 
 
@@ -89,7 +84,7 @@ def quantize_v_int8(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     zero = amax < TINY
     scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
     scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
-    values = torch.where(zero, 0.0, _rounded(blocks, 1.0 / scale))
+    values = torch.where(zero, 0.0, torch.round(blocks * (1.0 / scale)))
     return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
 
 

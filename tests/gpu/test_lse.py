@@ -62,13 +62,22 @@ def quantized_scores_lse(problem: feature_run.Problem, family: str) -> torch.Ten
     return lse
 
 
+def rounds_alike(q: torch.Tensor) -> torch.Tensor:
+    """Queries ``[B, H, S]`` without a channel in the middle of two integers, where a last bit of the scale decides."""
+    x = q.double().abs()
+    x = x * 127.0 / x.amax(-1, keepdim=True)
+    return ((x.frac() - 0.5).abs() > 1e-4).all(-1)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_lse_of_the_quantized_scores(name: str, here: list[Any], info: Any, device: torch.device) -> None:
     problem = feature_run.build(CASES[name], device)
     wanted: dict[str, torch.Tensor] = {}
+    sure = rounds_alike(problem.q)
+    assert sure.float().mean() > 0.5
     for row, chosen in feature_run.plans(CASES[name], here, info):
         want = wanted.setdefault(row.family, quantized_scores_lse(problem, row.family))
         got = feature_run.guarded(problem, row.precision, None if chosen else row.id).lse
         assert got is not None
-        error = float((got.double() - want).abs().max())
+        error = float((got.double() - want).abs()[sure].max())
         assert error <= ROUNDED_SUM_MAX.get(row.precision, LSE_MAX), f"{row.id}: LSE off by {error:.2e}"
