@@ -15,10 +15,7 @@ namespace sagert {
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
 // Parts of a block: P V of one is issued while the next is exponentiated.
-#ifndef PARTS
-#define PARTS (kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1)
-#endif
-constexpr int kParts = PARTS;
+constexpr int kParts = kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1;
 
 template <int count>
 __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
@@ -186,7 +183,7 @@ struct Consumer : ConsumerBase {
     exponentiate<first / 2, last / 2>(c);
     pack<first, last>();
     if constexpr (part == 0) mbarrier_wait(full_v(), v.parity);
-    pin_first<kWeights * (part + 1) / kParts>(scores);
+    pin_first<kWeights*(part + 1) / kParts>(scores);
     if constexpr (part == 0) pin(o);
     issue_pv<first, last>();
     if constexpr (part + 1 < kParts) weigh<part + 1>(c);

@@ -21,10 +21,10 @@ constexpr bool is_first_polynomial(int pair) {
 constexpr float kHalfRange = 32.f, kHalfBias = 15.f;
 constexpr float kHalfUnit = 1.5f * 8192.f;  // its last bit is 2^-10: fp16's mantissa
 
-// 2^(c * score + b) of two scores in fp16, b and c divided by kHalfRange and b biased. The exponent's bits with 10 bits f
-// behind the point are those of the fp16 number m 2^n, m = 1 + f; taking m's bits off and adding those of a cubic near
-// 2^(m - 1) makes it 2^f 2^n. The cubic is 1 at m = 1, so that nothing is left of exponents below -15. Relative error
-// .1 % at most, .03 % on average, against 3 % of e4m3's rounding. Exponents must be below 16.
+// 2^(c * score + b) of two scores in fp16, b and c divided by kHalfRange and b biased. The exponent's bits with 10 bits
+// f behind the point are those of the fp16 number m 2^n, m = 1 + f; taking m's bits off and adding those of a cubic
+// near 2^(m - 1) makes it 2^f 2^n. The cubic is 1 at m = 1, so that nothing is left of exponents below -15. Relative
+// error .1 % at most, .03 % on average, against 3 % of e4m3's rounding. Exponents must be below 16.
 __device__ __forceinline__ uint32_t exp2_pair(int first, int second, float c, float b) {
   auto fixed = [&](int score) {
     return __float_as_uint(fmaf(ptx::fma_saturated(static_cast<float>(score), c, b), kHalfRange, kHalfUnit));
