@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,17 @@ from sagert.calls import autocast, differentiated, obstacles, precision_of, refu
 from sagert.codes import PRECISION_NAMES, dtype_code
 from sagert.kv import QuantizedKV
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _ALIGNED = 256  # the address of a tensor that is not there yet: torch allocates at such ones
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _constant(function: _Function) -> _Function:
+    """torch.compiler.assume_constant_result without the import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _plan_traced(*arguments: Any) -> tuple[int, int, bool]:
     """The library's plan while torch.compile traces: it follows from shapes and device, which are constants then."""
     return launch.kv_plan(*arguments)
@@ -28,7 +36,7 @@ def _row_precision(row: int) -> str:
     return row_at(row).precision
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant
 def _row_precision_traced(row: int) -> str:
     return _row_precision(row)
 

@@ -121,6 +121,13 @@ def test_import_is_cheap_after_torch(subprocess_environment):
     assert all(initialised == "False" for _, initialised in runs)
 
 
+def test_public_names_load_no_compiler(subprocess_environment):
+    pytest.importorskip("torch")
+    # torch._dynamo takes a second to import, and Triton with it: only compiled programs pay for them.
+    code = "import sys, sagert; [getattr(sagert, n) for n in sagert.__all__]; print('torch._dynamo' in sys.modules)"
+    assert python(code, subprocess_environment).strip() == "False"
+
+
 def test_without_torch(subprocess_environment, library):
     code = (
         "import sys; sys.modules['torch'] = None\n"
