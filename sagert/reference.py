@@ -33,9 +33,8 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # The wgmma family moves a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
-# the slack, and how far above its first block's maximum a row's maximum is taken to be. P in 16 bits is scaled to keep
-# small weights out of fp16's subnormal numbers.
-WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8, 0.7), "int8_fp16": (8.0, 6.0, 0.0), "int8_int8": (0.0, 0.0, 0.0)}
+# and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
+WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
 PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
 RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
@@ -307,7 +306,7 @@ def _heads(
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     q8, q_scale = quantize_queries(q, scale, recipe)
     k_scale = kv.k_scale.transpose(1, 2)
-    p_scale, slack, headroom = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0, 0.0)
+    p_scale, slack = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0)
     position = torch.arange(s, device=q.device).repeat(rows // s)
 
     m = qf.new_full((n, rows, 1), -math.inf)
@@ -331,7 +330,7 @@ def _heads(
             highest = scores.amax(-1, keepdim=True)
         visible = torch.ones_like(scores, dtype=torch.bool) if hidden is None else ~hidden.expand(scores.shape)
         sees = sees | visible.any(-1, keepdim=True)
-        m_new = torch.where(highest > m + slack, torch.where(m == -math.inf, highest + headroom, highest), m)
+        m_new = torch.where(highest > m + slack, highest, m)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
         if integer:

@@ -14,8 +14,6 @@ namespace sagert {
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
-// What a first block leaves to the blocks behind it, whose maximum is mostly higher.
-constexpr float kHeadroom = kV == V::kIo ? 0.f : 0.7f;
 // Parts of a block: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1;
 
@@ -74,8 +72,7 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void advance_maximum(int r, float x) {
     if (__all_sync(~0u, x + b[r] <= kLargest)) return;
     const float top = quad_max(x);
-    const float place = b[r] == -kLowest ? kAtMaximum - kHeadroom : kAtMaximum;
-    const float next = top + b[r] <= kLargest ? b[r] : place - top;
+    const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
     sum[2 * r] *= alpha;
