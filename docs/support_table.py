@@ -35,11 +35,13 @@ def capabilities(arch: dict[str, Any]) -> str:
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
-    """What the preferred row of a precision promises."""
+    """What the preferred row of a precision promises, and the head dims and masks that any of them takes."""
     if not rows:
         return "no"
     row = min(rows, key=lambda r: r["rank"])
-    return f"{row['accuracy']['class']}, {row['accuracy']['rel_l1_randn']}, D <= {row['requires']['head_dim_max']}"
+    widest = max(r["requires"]["head_dim_max"] for r in rows)
+    masks = "" if any("mask" in r["requires"]["flags"] for r in rows) else ", no masks"
+    return f"{row['accuracy']['class']}, {row['accuracy']['rel_l1_randn']}, D <= {widest}{masks}"
 
 
 def render() -> str:
