@@ -99,7 +99,7 @@ def test_table_compiles(kernels: Path, tmp_path: Path) -> None:
     assert f"{{130, -1, 0, {most}, 0, {most}, 10, {most}, 66}},\n" in text
     assert f"{{140, -1, 1, 32, 0, {most}, 0, {most}, {most}}},\n" in text
     assert "kRankCount = 3;" in text
-    assert '"sm80.tiny.int8_fp16", 0, "portable", 1, 0, 100, 80, 87, 12000, 3u, 2u, 64, 1024, 0.0135' in text
+    assert '"sm80.tiny.int8_fp16", 0, "portable", 1, 0, 100, 80, 87, 12000, 3u, 2u, 64, 0, 1024, 0.0135' in text
     assert '"{\\"qk\\":\\"int8\\"}", 0, 3}' in text
     assert '{80, 87, 2, "no FP8 tensor cores"}' in text
     (tmp_path / "table.cc").write_text(text)
