@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+
+# Last, behind the installed wheel: only build_tools is to be found in the clone.
+sys.path.append(str(Path(__file__).resolve().parents[3]))
 
 TINY = """# SPDX-License-Identifier: Apache-2.0
 import triton
