@@ -19,6 +19,7 @@ from build_tools.schema import Table, read_toml
 SCHEMA = 1
 ROLES = (  # host/table.h: Role
     "kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair",
+    "attention_lse",
 )  # fmt: skip
 PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3, "int4_fp8": 4, "nvfp4": 5}
 ACCURACIES = {"high": 0, "standard": 1, "low": 2}

@@ -311,6 +311,7 @@ def _heads(
 
     m = qf.new_full((n, rows, 1), -math.inf)
     total = torch.zeros_like(m)
+    rounded = torch.zeros_like(m)  # the same of the weights that V is multiplied by
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
@@ -349,12 +350,13 @@ def _heads(
                 p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(io).float()
+            rounded = rounded * alpha + p.sum(-1, keepdim=True)
             acc = acc * alpha + p @ kv.v[:, keys]
         if kv.positive is not None and kv.negative is not None:
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / total
+    out = acc / (rounded if wgmma and fp8 else total)
     if fp8:
         out = out * kv.v_scale
     if kv.v_mean is not None:

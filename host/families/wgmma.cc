@@ -37,6 +37,7 @@ enum class Pv { kFp8, kInt8, kIo };
 struct Traits {
   Pv pv = Pv::kFp8;
   bool can_split = false;  // the keys, for combine to join the parts
+  bool lse_apart = false;  // calls that want the LSE have a kernel of their own
   std::string defect;      // not empty: the build and this file disagree
 };
 
@@ -71,7 +72,7 @@ void place_buffers(Plan& plan) {
   plan.head_flags = kv.reserve(true, heads * 2 * kWord);
   const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
   plan.part_out = call.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
-  plan.part_lse = call.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
+  plan.part_lse = call.reserve(plan.parts > 1, (2 * plan.parts + 1) * rows * kWord);
   plan.memory = memory_of(*plan.args, kv, call);
 }
 
@@ -322,6 +323,15 @@ Traits read_traits(const VariantEntry& variant) {
     traits.defect = concat("kernels ", quantize.file, " and ", attention.file, " have tiles ", quantize.tile, " and ",
                            attention.tile);
   }
+  traits.lse_apart = variant.kernels[kAttentionLse] >= 0;
+  if (traits.lse_apart && traits.defect.empty()) {
+    const KernelEntry& other = kKernels[variant.kernels[kAttentionLse]];
+    traits.defect = defect_of(other, attention_list, traits.pv);
+    if (traits.defect.empty() && other.tile != attention.tile) {
+      traits.defect =
+          concat("kernels ", attention.file, " and ", other.file, " have tiles ", attention.tile, " and ", other.tile);
+    }
+  }
   if (traits.can_split && traits.defect.empty()) {
     const KernelEntry& combine = kKernels[variant.kernels[kCombine]];
     ParameterList combine_list;
@@ -359,7 +369,9 @@ class Wgmma : public Family {
     bool attend = (phase & kAttend) != 0;
     // Everything is made ready before the first launch: a failure leaves nothing half done.
     CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
-    CUkernel attention = attend ? ready_kernel(driver, device, entry.kernels[kAttention]) : nullptr;
+    const int32_t attention_index =
+        entry.kernels[traits(variant).lse_apart && plan.write_lse ? kAttentionLse : kAttention];
+    CUkernel attention = attend ? ready_kernel(driver, device, attention_index) : nullptr;
     bool split = attend && plan.parts > 1;
     CUkernel combine = split ? ready_kernel(driver, device, entry.kernels[kCombine]) : nullptr;
     if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
@@ -372,7 +384,7 @@ class Wgmma : public Family {
       launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
     }
     if (attend) {
-      const KernelEntry& kernel = kKernels[entry.kernels[kAttention]];
+      const KernelEntry& kernel = kKernels[attention_index];
       KernelParameters parameters;
       pass_attention(parameters, plan);
       int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);

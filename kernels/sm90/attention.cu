@@ -15,7 +15,7 @@
 #endif
 #include "producer.cuh"
 #include "ptx/pdl.cuh"
-#include "ptx/registers.cuh"
+#include "scout.cuh"
 
 static_assert(sizeof(sagert::Shared) + 1023 <= SHARED_BYTES, "the manifest gives the block too little shared memory");
 
@@ -56,21 +56,28 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
       mbarrier_init(shared_address(&s.full_v[i]), 1);
       mbarrier_init(shared_address(&s.empty_v[i]), kConsumerWarps);
     }
+    for (int i = 0; i < kGroups; ++i) {
+      mbarrier_init(shared_address(&s.full_q[i]), kScoutArrivals);
+      mbarrier_init(shared_address(&s.empty_q[i]), 4);
+    }
     mbarrier_init_fence();
   }
+  write_ones(s);
   __syncthreads();
   if (is_split()) launch_dependents();
   if (threadIdx.x < 128) {
     release_registers<kProducerRegisters>();
+    const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
       wait_for_prerequisites();
       feed_keys(p, s);
+    } else if (warp > 0 && warp <= kGroups) {
+      scout(p, s, warp - 1);
     }
   } else {
     claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
-    consumer.prefetch(blockIdx.x);
-    wait_for_prerequisites();  // queries do not come from the pre-pass
-    for_each_tile(p, [&](int index) { consumer.attend(index); });
+    wait_for_prerequisites();
+    for_each_tile(p, [&](int, int turn) { consumer.attend(turn); });
   }
 }

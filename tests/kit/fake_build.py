@@ -27,7 +27,10 @@ from tests.kit import abi
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair")
+ROLES = (
+    "kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair",
+    "attention_lse",
+)  # fmt: skip
 PLAIN_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "attention")  # ids after "portable."
 GENERAL_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "scan_mask", "list_blocks", "general", "repair")
 GENERAL_FLAGS = abi.MASK | abi.VARLEN | abi.WINDOW | abi.BOTTOM_RIGHT

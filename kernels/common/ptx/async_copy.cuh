@@ -15,4 +15,9 @@ __device__ __forceinline__ void async_copy16(uint32_t destination, const void* s
 // Waits for all copies of this thread.
 __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Arrives at a barrier when the copies of this thread are there. The barrier's count has a place for each such thread.
+__device__ __forceinline__ void async_copy_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 }  // namespace sagert::ptx
