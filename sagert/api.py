@@ -14,7 +14,7 @@ from sagert import fallback as fallback_module
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.kv import QuantizedKV
 from sagert.options import Options
-from sagert.plans import PLANS, Keep, tensor_key
+from sagert.plans import PLANS, tensor_key
 from sagert.visibility import pattern
 
 _is_compiling = torch.compiler.is_compiling
@@ -178,7 +178,7 @@ def attention(
             scale, seen.is_causal, code, k.smooth_k if isinstance(k, QuantizedKV) else bool(smooth_k), bool(return_lse),
             may_fall_back, seen.window_left, seen.window_right, seen.bottom_right,
         )  # fmt: skip
-        keep = None if key is None else Keep(key, layout)
+        keep = ops.keep(key, layout=layout)
         if isinstance(k, QuantizedKV):
             sizes = (k.shape[1], k.shape[2], k.head_dim_v, k.row)
             result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options, keep=keep)

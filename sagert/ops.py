@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from sagert import cpu, launch
 from sagert.errors import UnsupportedError
 from sagert.options import SCHEMA
+from sagert.plans import Keep
 
 # Operators take their tensors and sizes, then SCHEMA's arguments. The number is where SCHEMA begins.
 _QKV = "Tensor q, Tensor k, Tensor v, "
@@ -101,6 +102,14 @@ def is_plain(tensors: tuple[Tensor, ...], half: bool) -> bool:
         if half and tensor.is_neg():  # no complex type has bf16 parts
             return False
     return True
+
+
+def keep(key: Any, **what: Any) -> Keep | None:
+    """Keep of a call that is about to be made, unless it has no key or a state that no Plan knows of decides it too.
+
+    Under autocast, say, the tensors launched are casts of those that the key describes.
+    """
+    return None if key is None or not is_plain((), half=False) else Keep(key, **what)
 
 
 def in_transform() -> bool:

@@ -105,6 +105,18 @@ def test_what_a_plan_does_not_know_of_takes_the_long_way(recorder, monkeypatch):
     assert lib.names() == ["size", "run"] * 2
 
 
+def test_a_call_under_autocast_is_not_kept(recorder, monkeypatch):
+    """Its key would be that of the tensors before they were cast."""
+    lib = recorder()
+    monkeypatch.setattr(ops, "_is_autocast_enabled", lambda kind: torch.is_autocast_enabled("cpu"))
+    q, k, v = (t.float() for t in (Q, K, V))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(q, k, v).dtype == torch.bfloat16
+    assert not plans.PLANS.by_key
+    assert call(q, k, v).dtype == torch.float32
+    assert lib.names() == ["size", "run"] * 2
+
+
 def test_masks_and_windows(recorder):
     lib = recorder()
     call(attn_mask=torch.zeros(29), window=(3, 4))
