@@ -99,16 +99,17 @@ def attention(
     """
     key: Any = None
     if not _is_compiling():
-        # A call like one that was made before needs no checks, no selection and no packing: see launch.Plan.
+        # A call like one that was made before needs no checks, no selection and no packing: see plans.Plan.
         given: Any = (q, k, v)
         try:
             inputs: Any
             if v is None and isinstance(k, QuantizedKV):
                 inputs, given = (tensor_key(q), k.key), (q, *k.tensors)
             else:
-                inputs = (
-                    q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
-                    v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
+                inputs = (  # tensor_key() of each
+                    q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
+                    k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
+                    v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
                 )  # fmt: skip
             key = (
                 inputs, dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
@@ -123,7 +124,7 @@ def attention(
             if attn_mask is not None:
                 given = (*given, attn_mask)
             if ops.is_plain(given if out is None else (*given, out), plan.half):
-                return plan.attend(given, out)  # type: ignore[no-any-return]
+                return plan.launch(given, out)  # type: ignore[no-any-return]
 
     checks.check_layout(layout)
     q, k, v, attn_mask = autocast(q, q, k, v, attn_mask)

@@ -8,6 +8,7 @@ tensors outside every tracing mode take the functions of sagert.launch directly,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ def _head_dim_v(name: str, arguments: tuple[Any, ...]) -> int:
 # What says that no tracing or transforming mode looks on. Absent in some torch: then every call is an operator call.
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled: Any = getattr(torch._C, "_is_any_autocast_enabled", partial(torch.is_autocast_enabled, "cuda"))
 _HAS_DIRECT = _dispatch_modes is not None and _transforms is not None
 
 
@@ -91,7 +93,7 @@ def is_plain(tensors: tuple[Tensor, ...], half: bool) -> bool:
         not _HAS_DIRECT
         or _dispatch_modes() != 0
         or _transforms() is not None
-        or _is_autocast_enabled("cuda")
+        or _is_autocast_enabled()
         or forward_ad._current_level >= 0
     ):
         return False

@@ -91,7 +91,7 @@ def attention_varlen(
         if plan is not None:
             given = (q, k, v, cu_seqlens_q, cu_seqlens_k)
             if ops.is_plain(given if out is None else (*given, out), plan.half):
-                return plan.attend(given, out)  # type: ignore[no-any-return]
+                return plan.launch(given, out)  # type: ignore[no-any-return]
 
     q, k, v = autocast(q, q, k, v)
     checks.check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa)
