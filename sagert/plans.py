@@ -16,7 +16,6 @@ from sagert.settings import SETTINGS
 
 _STRICT = SETTINGS.strict
 _VECTOR = 15  # low bits of an address that decide how a kernel may load
-_UNIT, _BYTE = (1,), torch.uint8
 _PLANS_MAX = 512  # per thread, of some 2 KB each
 
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -33,6 +32,9 @@ def _empty_on_current(shape: tuple[int, ...], stride: tuple[int, ...], dtype: to
 # What the code that torch.compile makes allocates with: half of torch.empty_strided's cost, on the current device only.
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 _empty_current: Any = getattr(_guards, "_empty_strided_cuda", _empty_on_current)
+# torch.cuda.caching_allocator_alloc without its choice of a device and a stream: a workspace need be no tensor.
+_allocate_current: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
+_free: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
 
 
 def stream_of(index: int) -> int:
@@ -99,10 +101,16 @@ class Plan:
         """An uninitialised tensor on the plan's device, whatever the current one."""
         return _empty_strided(shape, stride, dtype=dtype, device=self.device)
 
+    def allocate(self, size: int, stream: int) -> int:
+        """Address of torch's memory on the plan's device, whatever the current one: for work on the stream."""
+        address: int = torch.cuda.caching_allocator_alloc(size, self.index, stream)
+        return address
+
     def launch(self, tensors: tuple[Tensor, ...], out: Tensor | None = None) -> Any:
         """The call with other tensors of the same key; `out` too is of the key."""
         memory = self.memory
-        empty = _empty_current if self.alone or _current_device() == self.index else self.empty
+        is_current = self.alone or _current_device() == self.index
+        empty = _empty_current if is_current else self.empty
         low_bits = 0
         for word, tensor in zip(self.words, tensors):  # noqa: B905 - equally long by the key; strict costs
             memory[word] = address = tensor.data_ptr()
@@ -124,12 +132,16 @@ class Plan:
             lse = empty(*self.lse)
             memory[28] = lse.data_ptr()  # native.LSE and so on, written out because this is the hot path
         size = workspace_size(self.arguments) if low_bits & _VECTOR else self.size
-        if size:
-            workspace = empty((size,), _UNIT, _BYTE)
-            memory[29] = workspace.data_ptr()
-            memory[30] = size
-        memory[31] = stream_of(self.index) if _raw_stream is None else _raw_stream(self.index)
-        status = self.run(self.address)
+        memory[31] = stream = stream_of(self.index) if _raw_stream is None else _raw_stream(self.index)
+        workspace = 0
+        try:
+            if size:
+                workspace = (_allocate_current if is_current else self.allocate)(size, stream)
+                memory[29], memory[30] = workspace, size
+            status = self.run(self.address)
+        finally:  # what the stream's later work is given, it gets after this call's kernels
+            if workspace:
+                _free(workspace)
         if status:
             raise native.error(status)
         if _STRICT:

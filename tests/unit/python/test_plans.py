@@ -130,8 +130,8 @@ def test_a_call_under_autocast_is_not_kept(recorder):
 
 @pytest.mark.parametrize("current", [3, 1])
 def test_memory_is_that_of_the_tensors_device(recorder, monkeypatch, current):
-    """The fast allocation serves the current device alone; another device has the general one."""
-    recorder()
+    """The fast allocations serve the current device alone; another device has the general ones."""
+    lib = recorder()
     fast = []
 
     def empty_current(shape, stride, dtype):
@@ -140,13 +140,17 @@ def test_memory_is_that_of_the_tensors_device(recorder, monkeypatch, current):
         return torch.empty_strided(shape, stride, dtype=dtype)
 
     monkeypatch.setattr(plans, "_empty_current", empty_current)
+    monkeypatch.setattr(plans, "_allocate_current", lambda size, stream: fast.append((size, stream)) or 1 << 30)
+    monkeypatch.setattr(plans, "_free", lambda address: None)
     monkeypatch.setattr(plans, "_current_device", lambda: current)
     first, first_lse = call(return_lse=True)
     assert not fast
     out, lse = call(return_lse=True)
     assert (out.shape, out.stride(), out.dtype) == (first.shape, first.stride(), first.dtype)
     assert (lse.shape, lse.stride(), lse.dtype) == (first_lse.shape, first_lse.stride(), first_lse.dtype)
-    made = [(tuple(t.shape), t.stride(), t.dtype) for t in (out, lse)] + [((4096,), (1,), torch.uint8)]
+    made = [(tuple(t.shape), t.stride(), t.dtype) for t in (out, lse)] + [(4096, 77)]
+    assert lib.workspaces == ([] if current == 3 else [(4096, 77)])
+    assert lib.seen[-1][1][29:32] == (1 << 30 if current == 3 else (1 << 20) + 256, 4096, 77)
     assert fast == (made if current == 3 else [])
 
 
@@ -203,6 +207,16 @@ def test_errors_of_the_launch_surface(recorder):
     lib.status = 5
     with pytest.raises(errors.CudaError):
         call()
+    assert len(lib.workspaces) == 1
+    assert not lib.held
+
+
+def test_workspaces_are_freed(recorder):
+    lib = recorder()
+    for _ in range(3):
+        call()
+    assert lib.workspaces == [(4096, 77)] * 2  # the first call's is a tensor
+    assert not lib.held
 
 
 def test_plans_are_bounded(recorder, monkeypatch):
