@@ -17,6 +17,7 @@ _DESCRIPTION = """Builds sagert from its manifests (kernels/*/manifest.toml).
   bundles      compile and gate the kernels, write bundles and the kernel table
   all          bundles, then libsagert through CMake
   ptx          packages whose kernels are PTX, to test rows on devices of a later generation
+  bounds       instructions per key block of attention kernels, and what they allow on GPUs of published rates
   check-wheel  is a finished wheel fit to ship
 
 Needs no GPU and no CUDA toolkit: every tool is a pinned package (see [build-system] in pyproject.toml)."""
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     ptx.add_argument(
         "--out", type=Path, default=_ROOT / "build" / "ptx", help="gets <arch>/sagert (default: %(default)s)"
     )
+    bounds = commands.add_parser("bounds", parents=[choose, work], help="counts per key block and bounds per GPU")
+    bounds.add_argument("--others", type=Path, help="JSON list of kernels built elsewhere (bounds.of_file)")
+    bounds.add_argument("--json", type=Path, help="write the figures there too")
     check = commands.add_parser("check-wheel", help="is a finished wheel fit to ship")
     check.add_argument("wheel", type=Path)
     check.add_argument("--kernels", type=Path, default=_ROOT / "kernels", help="manifests the wheel must cover")
@@ -99,6 +103,25 @@ def _ptx(args: argparse.Namespace) -> None:
         sys.stdout.write(f"{site}: test it with PYTHONPATH={site}\n")
 
 
+def _bounds(args: argparse.Namespace) -> None:
+    import json
+
+    from build_tools import bounds
+    from build_tools.build import plans
+    from build_tools.bundle import write_file
+    from build_tools.cache import Cache, default_folder
+
+    gpus = bounds.load_gpus()
+    names = {gpu.arch for gpu in gpus}
+    chosen = [plan for plan in plans(args.kernels, args.arch, args.row) if plan.manifest.arch.name in names]
+    entries = bounds.of_rows(chosen, args.kernels, Cache(args.cache or default_folder()), args.jobs)
+    entries += bounds.of_file(args.others) if args.others else []
+    sys.stdout.write(bounds.markdown(entries, gpus))
+    if args.json:
+        data = {"block": [bounds.BLOCK_ROWS, bounds.BLOCK_KEYS], "entries": [entry.to_json(gpus) for entry in entries]}
+        write_file(args.json, (json.dumps(data, indent=1) + "\n").encode())
+
+
 def _check_wheel(args: argparse.Namespace) -> None:
     from build_tools.wheel_check import check_wheel
 
@@ -108,7 +131,14 @@ def _check_wheel(args: argparse.Namespace) -> None:
 def main() -> int:
     """Runs a command; returns the exit status."""
     args = _parser().parse_args()
-    commands = {"list": _list, "bundles": _bundles, "all": _all, "ptx": _ptx, "check-wheel": _check_wheel}
+    commands = {
+        "list": _list,
+        "bundles": _bundles,
+        "all": _all,
+        "ptx": _ptx,
+        "bounds": _bounds,
+        "check-wheel": _check_wheel,
+    }
     try:
         commands[args.command](args)
     except BuildError as error:
