@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=_ROOT / "build" / "ptx", help="gets <arch>/sagert (default: %(default)s)"
     )
     bounds = commands.add_parser("bounds", parents=[choose, work], help="counts per key block and bounds per GPU")
-    bounds.add_argument("--others", type=Path, help="JSON list of kernels built elsewhere (bounds.of_file)")
+    bounds.add_argument(
+        "--others", type=Path, help="JSON of kernels built elsewhere, or written before (bounds.of_file)"
+    )
     bounds.add_argument("--json", type=Path, help="write the figures there too")
     check = commands.add_parser("check-wheel", help="is a finished wheel fit to ship")
     check.add_argument("wheel", type=Path)
@@ -114,12 +116,12 @@ def _bounds(args: argparse.Namespace) -> None:
     gpus = bounds.load_gpus()
     names = {gpu.arch for gpu in gpus}
     chosen = [plan for plan in plans(args.kernels, args.arch, args.row) if plan.manifest.arch.name in names]
+    rows = frozenset(row.id for plan in plans(args.kernels, [], []) for row in plan.rows)
     entries = bounds.of_rows(chosen, args.kernels, Cache(args.cache or default_folder()), args.jobs)
-    entries += bounds.of_file(args.others) if args.others else []
+    entries += bounds.of_file(args.others, rows) if args.others else []
     sys.stdout.write(bounds.markdown(entries, gpus))
     if args.json:
-        data = {"block": [bounds.BLOCK_ROWS, bounds.BLOCK_KEYS], "entries": [entry.to_json(gpus) for entry in entries]}
-        write_file(args.json, (json.dumps(data, indent=1) + "\n").encode())
+        write_file(args.json, (json.dumps(bounds.to_json(entries, gpus), indent=1) + "\n").encode())
 
 
 def _check_wheel(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Entry:
         return work / max(self.clocks(gpu).values()) * gpu.sms * gpu.clock_mhz * 1e6 / 1e12
 
     def to_json(self, gpus: list[Gpu]) -> dict[str, Any]:
-        """Counts per block, and clocks and bound per GPU."""
+        """Counts per block, clocks and bound per GPU; `counts`, of one turn of one warp, is what they follow from."""
         counts, turns = self.counts, self.turns
         return {
             "name": self.name, "arch": self.arch, "head_dim": self.head_dim, "causal": self.causal, "dtype": self.dtype,
@@ -97,6 +97,7 @@ class Entry:
             "issued": round(counts.issued * turns, 2),
             "shared_read": round(counts.shared_read * turns), "shared_written": round(counts.shared_written * turns),
             "barriers_per_64_keys": round(counts.barriers * BLOCK_KEYS / self.keys, 2),
+            "counts": asdict(counts),
             "gpus": {
                 gpu.name: {
                     "clocks": {name: round(value, 1) for name, value in self.clocks(gpu).items()},
@@ -159,21 +160,38 @@ def _shape(entry: Entry) -> tuple[Any, ...]:
     return (tensor, counts.pipes, counts.shared_read, counts.shared_written, counts.barriers)
 
 
-def of_file(path: Path) -> list[Entry]:
+def of_file(path: Path, rows: frozenset[str]) -> list[Entry]:
     """Entries of kernels built elsewhere.
 
     The file is a JSON list of objects with the fields of Entry, but for `counts` a `cubin`, a path beside the file, and
-    a `symbol`, a regular expression that finds one of its functions.
+    a `symbol`, a regular expression that finds one of its functions. Or it is what these tools wrote, of which all but
+    the entries named in `rows` are taken over.
     """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(data, dict):
+        kept = [entry for entry in data["entries"] if entry["name"] not in rows]
+        names = [field.name for field in fields(Entry)]
+        return [
+            Entry(**{name: entry[name] for name in names} | {"counts": Counts(**entry["counts"])}) for entry in kept
+        ]
     entries = []
-    for data in json.loads(path.read_text(encoding="utf-8")):
-        found = mainloop.disassemble((path.parent / data.pop("cubin")).read_bytes())
-        symbol = data.pop("symbol")
-        names = [name for name in found if re.search(symbol, name)]
-        if len(names) != 1:
-            raise BuildError(f"{path}: {data['name']}: {symbol!r} finds {len(names)} functions, expected 1")
-        entries.append(Entry(**data, counts=mainloop.count(mainloop.main_loop(found[names[0]]))))
+    for given in data:
+        found = mainloop.disassemble((path.parent / given.pop("cubin")).read_bytes())
+        symbol = given.pop("symbol")
+        matching = [name for name in found if re.search(symbol, name)]
+        if len(matching) != 1:
+            raise BuildError(f"{path}: {given['name']}: {symbol!r} finds {len(matching)} functions, expected 1")
+        entries.append(Entry(**given, counts=mainloop.count(mainloop.main_loop(found[matching[0]]))))
     return entries
+
+
+def to_json(entries: list[Entry], gpus: list[Gpu]) -> dict[str, Any]:
+    """Everything, and the rates it comes from."""
+    return {
+        "block": {"queries": BLOCK_ROWS, "keys": BLOCK_KEYS},
+        "gpus": [asdict(gpu) for gpu in gpus],
+        "entries": [entry.to_json(gpus) for entry in entries],
+    }
 
 
 def markdown(entries: list[Entry], gpus: list[Gpu]) -> str:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main loop of an attention kernel, found in its machine code and counted by what executes it.
 
-The main loop is the innermost loop with tensor-core instructions in it. Every instruction of it counts as executed
-once per turn, by every warp; what a turn skips by a forward branch is counted too, so counts are upper bounds.
+The main loop is the innermost loop with tensor-core instructions in it, and a turn of it the way through its branches
+with most of them, of these the shortest: masks, rescaling of rows that have a new maximum and other things that a turn
+can jump over are left out, what it cannot avoid is not.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from build_tools.toolchain import triton_bin
 _FUNCTION = re.compile(r"^\.text\.(\S+):")
 _LABEL = re.compile(r"^(\.L\w+):")
 _INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Z0-9_.]*)(?P<operands>[^;]*)"
+    r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?P<predicate>@!?U?P\w+\s+)?(?P<opcode>[A-Z][A-Zx0-9_.]*)(?P<operands>[^;]*)"
 )
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _SHAPE = re.compile(r"\.(16|8)(8)(\d+)(?:\.|$)")
@@ -39,10 +40,12 @@ CONTROL = frozenset((
 
 @dataclass(frozen=True)
 class Instruction:
-    """An opcode with its modifiers, the label it may branch to, and the labels in front of it."""
+    """An opcode with its modifiers, the label it may branch to, whether what follows it is reached, and the labels in
+    front of it."""
 
     opcode: str
     target: str | None
+    goes_on: bool
     labels: tuple[str, ...]
 
     @property
@@ -78,9 +81,11 @@ def functions(sass: str) -> dict[str, list[Instruction]]:
         elif match := _LABEL.match(line):
             labels.append(match[1])
         elif match := _INSTRUCTION.match(line):
-            target = _TARGET.search(match["operands"])
-            branch = target[1] if target and match["opcode"].startswith("BRA") else None
-            current.append(Instruction(match["opcode"], branch, tuple(labels)))
+            opcode, operands = match["opcode"], match["operands"]
+            target = _TARGET.search(operands) if opcode.startswith("BRA") else None
+            leaves = opcode.partition(".")[0] in ("BRA", "BRX", "EXIT", "RET")
+            condition = match["predicate"] or (target and operands[: target.start()].strip())
+            current.append(Instruction(opcode, target and target[1], bool(condition) or not leaves, tuple(labels)))
             labels = []
     return found
 
@@ -126,29 +131,58 @@ def is_qk(opcode: str) -> bool:
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """The body of the main loop. BuildError where no loop has tensor-core instructions.
+    """A turn of the main loop. BuildError where no loop has tensor-core instructions.
 
     Of several (masked and unmasked key blocks, say) the one with most kinds of tensor-core instructions counts, and of
     these the one with the fewest other instructions to each.
     """
     place = {label: i for i, instruction in enumerate(instructions) for label in instruction.labels}
-    loops = [
-        (start, end)
-        for end, instruction in enumerate(instructions)
-        if instruction.target is not None
-        and (start := place.get(instruction.target, end + 1)) <= end
-        and any(is_tensor(other) for other in instructions[start : end + 1])
-    ]
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    ends: dict[int, list[int]] = {}  # first instruction of a loop -> the branches back to it
+    for i, instruction in enumerate(instructions):
+        start = place.get(instruction.target or "", i + 1)
+        if start <= i:
+            ends.setdefault(start, []).append(i)
+    turns = {start: turn for start in ends if (turn := _turn(instructions, place, start, ends[start]))}
+    inner = [a for a in turns if not any(a < b and max(ends[b]) <= max(ends[a]) for b in turns)]
     if not inner:
         raise BuildError("no loop with tensor-core instructions in the machine code")
 
-    def merit(loop: tuple[int, int]) -> tuple[int, float]:
-        tensor = [other.opcode for other in instructions[loop[0] : loop[1] + 1] if is_tensor(other)]
-        return len(set(tensor)), len(tensor) / (loop[1] + 1 - loop[0])
+    def merit(start: int) -> tuple[int, float]:
+        tensor = [instruction.opcode for instruction in turns[start] if is_tensor(instruction)]
+        return len(set(tensor)), len(tensor) / len(turns[start])
 
-    start, end = max(inner, key=merit)
-    return instructions[start : end + 1]
+    return turns[max(inner, key=merit)]
+
+
+def _turn(
+    instructions: list[Instruction], place: dict[str, int], start: int, ends: list[int]
+) -> list[Instruction] | None:
+    """The way from `start` to one of `ends` with most tensor-core instructions, and of these the shortest.
+
+    None where no way has any. Ways are sought among forward branches.
+    """
+    last = max(ends)
+    best: list[tuple[int, int] | None] = [None] * (last + 1)  # (tensor-core instructions, -others) on the way from here
+    following = [0] * (last + 1)
+    for i in range(last, start - 1, -1):
+        own = (1, 0) if is_tensor(instructions[i]) else (0, -1)
+        if i in ends:
+            best[i] = own
+        ahead = [i + 1] if instructions[i].goes_on else []
+        target = place.get(instructions[i].target or "", 0)
+        for after in (*ahead, target) if target > i else ahead:
+            rest = best[after] if after <= last else None
+            whole = (own[0] + rest[0], own[1] + rest[1]) if rest else None
+            if whole and (best[i] is None or whole > (best[i] or whole)):
+                best[i], following[i] = whole, after
+    found = best[start]
+    if found is None or not found[0]:
+        return None
+    turn = [instructions[start]]
+    while following[start]:
+        start = following[start]
+        turn.append(instructions[start])
+    return turn
 
 
 def _bytes(instruction: Instruction) -> int:

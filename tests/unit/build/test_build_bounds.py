@@ -56,6 +56,30 @@ SASS = """
         /*0160*/                   FADD R1, R1, R1 ;
         /*0170*/                   BRA `(.L_x_4);
 """
+# A step of its own for the first keys, a mask and a rescaling that most turns jump over, and two ways back.
+BRANCHES = """
+.text.kernel:
+        /*0000*/                   BRA.U UP0, `(.L_x_5) ;
+.L_x_0:
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0020*/               @P0 BRA `(.L_x_1) ;
+        /*0030*/                   IMMA.16832.S8.S8 R12, R4.reuse.ROW, R8.COL, RZ ;
+        /*0040*/                   BRA `(.L_x_4) ;
+.L_x_1:
+        /*0050*/                   IMMA.16832.S8.S8 R12, R4.reuse.ROW, R8.COL, RZ ;
+        /*0060*/                   BRA.DIV ~URZ, `(.L_x_2) ;
+        /*0070*/                   SEL R12, R12, R13, P2 ;
+        /*0080*/                   SEL R12, R12, R13, P2 ;
+.L_x_2:
+        /*0090*/                   HMMA.16816.F32 R16, R4, R8, R16 ;
+        /*00a0*/              @!P1 BRA `(.L_x_0) ;
+        /*00b0*/                   FMUL R16, R16, R17 ;
+.L_x_4:
+        /*00c0*/               @P2 EXIT ;
+        /*00d0*/                   BRA `(.L_x_0) ;
+.L_x_5:
+        /*00e0*/                   EXIT ;
+"""
 LOOP = """// SPDX-License-Identifier: Apache-2.0
 extern "C" __global__ void __launch_bounds__(32) loop(const int* q, float* out, int blocks) {
   __shared__ int tile[32];
@@ -105,6 +129,16 @@ def test_main_loop_is_the_plainest_of_the_innermost() -> None:
     assert counts.issued == 13
     with pytest.raises(BuildError, match="no loop with tensor-core instructions"):
         mainloop.main_loop(found["other"])
+
+
+def test_a_turn_takes_the_shortest_way_with_most_tensor_core_instructions() -> None:
+    turn = mainloop.main_loop(mainloop.functions(BRANCHES)["kernel"])
+    names = [instruction.opcode.partition(".")[0] for instruction in turn]
+    assert names == ["IADD3", "BRA", "IMMA", "BRA", "HMMA", "BRA"]
+    unconditional = BRANCHES.replace("BRA.DIV ~URZ, `(.L_x_2)", "NOP").replace("@!P1 BRA `(.L_x_0)", "NOP")
+    turn = mainloop.main_loop(mainloop.functions(unconditional)["kernel"])
+    names = [instruction.opcode.partition(".")[0] for instruction in turn]
+    assert names == ["IADD3", "BRA", "IMMA", "NOP", "SEL", "SEL", "HMMA", "NOP", "FMUL", "EXIT", "BRA"]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +253,11 @@ def test_rows_and_files(kernels: Path, tmp_path: Path) -> None:
     entry = {"name": "other", "arch": "sm80", "cubin": "loop.cubin", "symbol": "^loop$", "head_dim": 32,
              "causal": False, "dtype": "fp16", "warp_rows": 16}  # fmt: skip
     (tmp_path / "others.json").write_text(json.dumps([entry]))
-    (made,) = bounds.of_file(tmp_path / "others.json")
+    (made,) = bounds.of_file(tmp_path / "others.json", frozenset(("row",)))
     assert (made.name, made.keys, made.counts.tensor) == ("other", 16, {"IMMA.16832.S8.S8": 2})
+    written = bounds.to_json([made, dataclasses.replace(made, name="row")], [GPU])
+    (tmp_path / "others.json").write_text(json.dumps(written))
+    assert bounds.of_file(tmp_path / "others.json", frozenset(("row",))) == [made]
     (tmp_path / "others.json").write_text(json.dumps([entry | {"symbol": "none"}]))
     with pytest.raises(BuildError, match="other: 'none' finds 0 functions, expected 1"):
-        bounds.of_file(tmp_path / "others.json")
+        bounds.of_file(tmp_path / "others.json", frozenset(("row",)))
