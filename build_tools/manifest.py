@@ -46,6 +46,7 @@ class Arch:
     runs_on: tuple[int, int]
     driver_min: int
     shared_limit: int
+    ptx: int | None = None  # architecture whose PTX devices of later generations run too: 80 is compute_80
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ def _arch(table: Table, folder: str) -> Arch:
         table.fail("target", "expected sm_<number>, or with 'a' or 'f', such as sm_90a")
     capability = table.at_least("triton_capability", 75)
     runs_on = _capabilities(table, None)
-    arch = Arch(name, target, capability, runs_on, _driver(table, None), table.at_least("shared_limit", 49152))
+    driver_min, shared_limit = _driver(table, None), table.at_least("shared_limit", 49152)
+    arch = Arch(name, target, capability, runs_on, driver_min, shared_limit, table.at_least("ptx", 75, None))
     table.finish()
     return arch
 
