@@ -14,10 +14,10 @@ namespace sagert {
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
-// Parts of a block: P V of one is issued while the next is exponentiated.
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
+// Parts of a block: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1;
 
 template <int count>
