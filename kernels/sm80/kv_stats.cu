@@ -55,10 +55,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 2)
   const int first = part * part_rows, end = min(first + part_rows, seqlen_k);
   if (is_v) {
     Input in{V + b * v_sb + h * v_sh, v_ss, &s.channel_stride, seqlen_k, head_dim_v, v_vec != 0};
-    column_statistics<kStatsMax, 3>(s, in, first, end);
+    column_statistics<kStatsMax, 2>(s, in, first, end);
   } else {
     Input in{K + b * k_sb + h * k_sh, k_ss, &s.channel_stride, seqlen_k, head_dim, k_vec != 0};
-    column_statistics<1>(s, in, first, end);
+    column_statistics<1, 3>(s, in, first, end);
   }
   __syncthreads();
   forget(index);  // worked out anew: kept, it would take registers from the loads

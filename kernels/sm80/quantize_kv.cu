@@ -16,6 +16,7 @@
 namespace sagert {
 
 constexpr int kStepBlocks = kStepKeys / kBlock;
+constexpr int kBlocksPerSm = 3;
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
 
 struct alignas(128) Shared {
@@ -56,18 +57,19 @@ struct KOut {
 
 __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTile& tile, const Task& t,
                                            const KOut& out) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const int chunk = lane % kChunks;  // of 8 channels
   float shift[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) shift[i] = s.shift[8 * chunk + i];
-  const int row = KTile::first_row();  // of the thread in a step
+  int row = KTile::first_row();  // of the thread in a step
   const int offset = row * kHeadDim + 16 * swizzled<kHeadDim>(chunk / 2, row) + 8 * (chunk % 2);
 #pragma unroll 1
   for (int step = t.last - 1; step >= t.first; --step) {
-    KTile next;
+    int warp = threadIdx.x / 32;
+    int bh = static_cast<int>(t.bh);
+    forget(row), forget(warp), forget(bh);  // what follows from them would take registers over all steps
     if (!in.vectors) tile.load(in, step * kStepKeys + row);
-    if (in.vectors && step > t.first) next.load(in, (step - 1) * kStepKeys + row);
 
     Extrema<4> extrema = extrema_of(tile);
     uint32_t amax_bits = warp_magnitude(extrema, shift);
@@ -83,19 +85,21 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
     if (block < t.blocks) {
       const float amax = __uint_as_float(amax_bits);
       if (lane == 0) {
-        const int64_t at = static_cast<int64_t>(block) * kKGroups + warp % kKGroups;
+        const int64_t at = (static_cast<int64_t>(bh) * t.blocks + block) * kKGroups + warp % kKGroups;
         out.scale[at] = amax < kTiny ? 1.0f : amax * (1.0f / 127.0f);
         out.bad[at] = static_cast<int>(bad);
       }
       const float inverse = amax < kTiny ? 0.0f : 127.0f / amax;
-      uint8_t* rows = reinterpret_cast<uint8_t*>(out.k8) + static_cast<int64_t>(step) * kStepKeys * kHeadDim;
+      uint8_t* rows =
+          reinterpret_cast<uint8_t*>(out.k8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;
       if (has_special) {
         write_k_rows<true>(rows, offset, tile, shift, inverse, special);
       } else {
         write_k_rows<false>(rows, offset, tile, shift, inverse, special);
       }
     }
-    tile = next;
+    forget(row);
+    if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + row);
   }
 }
 
@@ -103,7 +107,7 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
 
 struct VPointers {
   VOut* v8;
-  VScaleType* scale;  // of INT8: of the head's first block
+  VScaleType* scale;
 };
 
 // Scales of the channels of this thread for the block that its warp has keys of; their inverses in `inverse`.
@@ -130,9 +134,8 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
   int turn = 0;
 #pragma unroll 1
   for (int step = t.last - 1; step >= t.first; --step, turn ^= 1) {
-    VTile next;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = VTile::first_row();
-    forget(lane), forget(first_row);               // what follows from them would take registers over all tiles
+    int bh = static_cast<int>(t.bh), warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = VTile::first_row();
+    forget(bh), forget(lane), forget(first_row);   // what follows from them would take registers over all tiles
     float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) {
@@ -140,7 +143,6 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       if constexpr (!kInt8V) inverse[e] = s.inverse[kVChannels * lane + e];
     }
     if (!in.vectors) tile.load(in, step * kStepKeys + first_row);
-    if (in.vectors && step > t.first) next.load(in, (step - 1) * kStepKeys + first_row);
     const int rows_left = in.rows - step * kStepKeys;
     const bool check = s.nonfinite != 0 || rows_left < kStepKeys;
     if constexpr (kInt8V) {
@@ -154,22 +156,25 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       for (int e = 0; e < kVChannels; ++e) s.v_amax[turn][warp][kVChannels * lane + e] = amax[e];
       __syncthreads();
       const int block = step * kStepBlocks + warp / kVWarps;
-      scale_block(s, turn, inverse, block < t.blocks, out.scale + static_cast<int64_t>(block) * kHeadDim);
+      scale_block(s, turn, inverse, block < t.blocks,
+                  out.scale + (static_cast<int64_t>(bh) * t.blocks + block) * kHeadDim);
     }
     if (check) {
       write_v_tile<true>(s.tile[turn], tile, shift, inverse, rows_left - first_row);
     } else {
       write_v_tile<false>(s.tile[turn], tile, shift, inverse, 16);
     }
+    forget(first_row);
+    if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + first_row);
     __syncthreads();  // and no thread still reads the other tile
     const int bytes = min(t.blocks - step * kStepBlocks, kStepBlocks) * kTileBytes;
-    uint8_t* place = reinterpret_cast<uint8_t*>(out.v8) + static_cast<int64_t>(step) * kStepBytes;
+    uint8_t* place =
+        reinterpret_cast<uint8_t*>(out.v8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;
 #pragma unroll
     for (int i = 0; i < kStepBytes / 16 / kThreads; ++i) {
       const int at = 16 * (i * kThreads + static_cast<int>(threadIdx.x));
       if (at < bytes) *reinterpret_cast<uint4*>(place + at) = *reinterpret_cast<const uint4*>(s.tile[turn] + at);
     }
-    tile = next;
   }
 }
 
@@ -200,8 +205,7 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   }
   if (t.part == 0 && threadIdx.x == 0) p.head_flags[2 * t.bh] = nonfinite;
   __syncthreads();
-  const int64_t blocks_before = t.bh * t.blocks, groups_before = blocks_before * kKGroups;
-  quantize_k(s, in, tile, t, {p.k.k8 + blocks_before * kTileBytes, p.k.scale + groups_before, p.k.bad + groups_before});
+  quantize_k(s, in, tile, t, p.k);
 }
 
 // Shift and inverse scale of one channel of V, in s; part 0 writes what attention needs.
@@ -263,9 +267,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
     __syncthreads();
     if (threadIdx.x < kHeadDim) finish_v_channel(s, p, t, in.rows, threadIdx.x);
     __syncthreads();
-    const int64_t blocks_before = t.bh * t.blocks;
-    quantize_v(s, in, tile, t,
-               {p.v.v8 + blocks_before * kTileBytes, p.v.scale + (kInt8V ? blocks_before * kHeadDim : 0)});
+    quantize_v(s, in, tile, t, p.v);
   } else if (p.copy_v) {
     copy_rows(in, t.first * kStepKeys, min(t.last * kStepKeys, t.blocks * kBlock),
               p.v.v8 + t.bh * t.blocks * kTileBytes);
@@ -275,7 +277,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
 }  // namespace sagert
 
 // Grid: parts * B * Hk blocks, twice as many with v_jobs.
-extern "C" __global__ void __launch_bounds__(sagert::kThreads, 2)
+extern "C" __global__ void __launch_bounds__(sagert::kThreads, sagert::kBlocksPerSm)
     quantize_kv(const uint16_t* K, const uint16_t* V, const float* KSum, const float* VStats, const int* PartBad,
                 const int* PartFirst, int8_t* K8, float* KScale, int* KBad, float* KShift, sagert::VOut* V8,
                 sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k, int blocks,
