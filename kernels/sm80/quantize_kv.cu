@@ -16,7 +16,7 @@
 namespace sagert {
 
 constexpr int kStepBlocks = kStepKeys / kBlock;
-constexpr int kBlocksPerSm = 3;
+constexpr int kBlocksPerSm = BLOCKS_PER_SM;
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
 
 struct alignas(128) Shared {
@@ -25,7 +25,6 @@ struct alignas(128) Shared {
   float stats[kStatsMax][kHeadDim];
   float v_amax[2][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   int64_t channel_stride;
-  int nonfinite;  // V of the head
 };
 
 // The keys that fall to this block: of a head with `blocks` blocks, in steps [first, last) of 128 keys.
@@ -76,8 +75,7 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
     const int rows_left = in.rows - step * kStepKeys;
     SpecialRows special;
     uint32_t bad = 0;
-    const bool has_special = rows_left < kStepKeys || amax_bits >= 0x7f800000u;
-    if (has_special) {
+    if (rows_left < kStepKeys || amax_bits >= 0x7f800000u) {
       find_special_rows(extrema, tile, rows_left - row, special, bad);
       amax_bits = warp_magnitude(extrema, shift);
     }
@@ -92,11 +90,7 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
       const float inverse = amax < kTiny ? 0.0f : 127.0f / amax;
       uint8_t* rows =
           reinterpret_cast<uint8_t*>(out.k8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;
-      if (has_special) {
-        write_k_rows<true>(rows, offset, tile, shift, inverse, special);
-      } else {
-        write_k_rows<false>(rows, offset, tile, shift, inverse, special);
-      }
+      write_k_rows<true>(rows, offset, tile, shift, inverse, special);  // to look at every row costs no time here
     }
     forget(row);
     if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + row);
@@ -144,14 +138,9 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
     }
     if (!in.vectors) tile.load(in, step * kStepKeys + first_row);
     const int rows_left = in.rows - step * kStepKeys;
-    const bool check = s.nonfinite != 0 || rows_left < kStepKeys;
     if constexpr (kInt8V) {
       float amax[kVChannels];
-      if (check) {
-        channel_amax<true>(amax, tile, shift, rows_left - first_row);
-      } else {
-        channel_amax<false>(amax, tile, shift, 16);
-      }
+      channel_amax<true>(amax, tile, shift, rows_left - first_row);
 #pragma unroll
       for (int e = 0; e < kVChannels; ++e) s.v_amax[turn][warp][kVChannels * lane + e] = amax[e];
       __syncthreads();
@@ -159,11 +148,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       scale_block(s, turn, inverse, block < t.blocks,
                   out.scale + (static_cast<int64_t>(bh) * t.blocks + block) * kHeadDim);
     }
-    if (check) {
-      write_v_tile<true>(s.tile[turn], tile, shift, inverse, rows_left - first_row);
-    } else {
-      write_v_tile<false>(s.tile[turn], tile, shift, inverse, 16);
-    }
+    write_v_tile<true>(s.tile[turn], tile, shift, inverse, rows_left - first_row);
     forget(first_row);
     if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + first_row);
     __syncthreads();  // and no thread still reads the other tile
@@ -249,7 +234,6 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
       write_first_keys(p, t, nonfinite);
       if (threadIdx.x == 0) p.head_flags[2 * t.bh + 1] = nonfinite;
     }
-    if (threadIdx.x == 0) s.nonfinite = nonfinite;
   }
   if constexpr (kQuantizedV) {
     for (int i = threadIdx.x; i < 2 * kHeadDim; i += kThreads) {
