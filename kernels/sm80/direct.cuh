@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The schedule for products that the tensor core can add to O itself (V in 16 bits): while a warp exponentiates the
-// scores of one step, its tensor core has P V of the step before, then Q K^T of the next one.
+// The schedule for products that the tensor core can add to O itself (V in 16 bits): beside the exponentials of a step
+// goes Q K^T of the next one, beside its maxima P V of the step. The branches between, for masks and for maxima that
+// move, keep the compiler from parting what belongs together.
 #pragma once
 
 #include "ptx/half2.cuh"
@@ -16,61 +17,31 @@ constexpr int kUnits = kChannelTiles / 2;      // parts of a chunk's P V, 16 cha
 constexpr int kPairs = 4 * kM;                 // of scores that a lane has of a chunk
 using Weights = uint32_t[kChunks][kM][4];      // A fragments of P V
 
-// Products of two pairs in 16 bits.
-__device__ __forceinline__ uint32_t multiply_io2(uint32_t a, uint32_t b) {
-#if SAGERT_IO_BF16
-  return bfloat2_fma(a, b, 0x80008000u);  // + -0
-#else
-  return half2_multiply(a, b);
-#endif
-}
-
 struct DirectWarp : Warp {
   using Warp::Warp;
-  float next_scale;  // of this lane's keys of the step whose scores are there
-  float c[kR], d[kR];             // exponents of the step's scores' bits are c * bits + d
-  Weights weights;                // of the step before, whose product O still lacks
-
-  __device__ __forceinline__ void multiply_k_all(int stage) {
-    const uint32_t address = k_lane + stage * kKTileBytes;
-#pragma unroll
-    for (int n = 0; n < kStepTiles; ++n) {
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 32; k += 2) {
-        uint32_t fragments[4];
-        load_k(fragments, n, k, address);
-        multiply_k(n, k, fragments);
-        multiply_k(n, k + 1, fragments);
-      }
-    }
-    next_scale = s.k_scale[stage][quad()];
-  }
+  float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
+  Weights weights;
 
   __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
 
-  // Exponents' factors, and the row maxima, which move only where a score is too far above them.
-  __device__ __forceinline__ void reduce(int step) {
-#pragma unroll
-    for (int r = 0; r < kR; ++r) c[r] = q_scale[r] * next_scale;
-    if (step >= full) {
-      const uint32_t bad = bad_keys(step);
-#pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        mask_row(r, step, bad);
-        c[r] = fmaxf(c[r], kLeastScale);
-      }
-    }
-    bool within = true;
-    int top[kR];
+  // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
+  __device__ __forceinline__ void reduce(int step, int stage) {
+    int t = threadIdx.x;
+    forget(t);
+    const float k_scale = load_shared_f32(SAGERT_AT(base, k_scale) + stage * 16 + (t & 3) * 4);
+    float q_scale[kR], x[kR];
+    load_shared(q_scale, SAGERT_AT(base, q_scale) + (t >> 2) * (4 * kR));
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
+      c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
       set_offset(r);
-      top[r] = row_top(r);
-      within = within && fmaf(__int_as_float(top[r]), c[r], d[r]) <= kLargest;
+      x[r] = fmaf(__int_as_float(row_top(r)), c[r], d[r]);
     }
-    if (__any_sync(~0u, !within)) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) advance_maximum(r, top[r]);
+    for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
+    if (__any_sync(~0u, x[0] > kLargest) && step >= 0) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
     }
   }
 
@@ -86,22 +57,19 @@ struct DirectWarp : Warp {
       o[r / 2][j][r % 2 * 2] *= alpha;
       o[r / 2][j][r % 2 * 2 + 1] *= alpha;
     }
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      for (int i = r % 2; i < 4; i += 2) weights[chunk][r / 2][i] = multiply_io2(weights[chunk][r / 2][i], to_io2(alpha, alpha));
-    }
     set_offset(r);
     if (next == -kLowest) d[r] = 0.f;  // the row has seen no key: masked scores are to vanish beside d
   }
 
   // Weights of pair `i` of a chunk: what becomes register i % 4 of its A fragment.
-  __device__ __forceinline__ void weigh(Weights& next, int chunk, int i) {
+  __device__ __forceinline__ void weigh(int chunk, int i) {
     const int m = i / 4, a = i % 4, r = 2 * m + a % 2;
     const int32_t* x = &scores[m][2 * chunk + a / 2][a % 2 * 2];
     const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
     const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
-    sum[r] += first + second;
-    next[chunk][m][a] = to_io2(first, second);
+    sum[r] += first;
+    sum[r] += second;
+    weights[chunk][m][a] = to_io2(first, second);
   }
 
   // Adds 16 channels of the product of a chunk's weights and the values of a stage to O.
@@ -117,28 +85,21 @@ struct DirectWarp : Warp {
     }
   }
 
-  __device__ __forceinline__ void multiply_last(int stage) {
-#pragma unroll
-    for (int i = 0; i < kChunks * kUnits; ++i) multiply_v(i / kUnits, i % kUnits, v_lane + stage * kVTileBytes);
-  }
-
-  // Softmax of a step, P V of the one before, and Q K^T of the next one.
+  // A step, whose maxima are known: its weights and their product with the values, and the scores of the step below.
   __device__ __forceinline__ void attend_step(int step, int stage) {
-    reduce(step);
-    Weights next;
-    constexpr int kAll = kChunks * kUnits, kAllPairs = kChunks * kPairs;
-#pragma unroll
-    for (int i = 0; i < kAll; ++i) {
-#pragma unroll
-      for (int j = i * kAllPairs / kAll; j < (i + 1) * kAllPairs / kAll; ++j) weigh(next, j / kPairs, j % kPairs);
-      multiply_v(i / kUnits, i % kUnits, v_lane + stage * kVTileBytes);
-    }
-    multiply_k_all(stage);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
-      for (int i = 0; i < kPairs; ++i) weights[chunk][i / 4][i % 4] = next[chunk][i / 4][i % 4];
+      for (int i = 0; i < kPairs; ++i) weigh(chunk, i);
     }
+    multiply_k(stage);
+    mask(step - 1);
+#pragma unroll
+    for (int i = 0; i < kChunks * kUnits; ++i) {
+      multiply_v(i / kUnits, i % kUnits, v_lane + stage * kVTileBytes);
+      if (i == kUnits / 2) copy(step - kAhead);
+    }
+    reduce(step - 1, stage);
   }
 
   // Zeroes the infinities and NaN of a stage's 16-bit V, which would reach even queries that do not see them;
@@ -156,51 +117,58 @@ struct DirectWarp : Warp {
       clear(x.x), clear(x.y), clear(x.z), clear(x.w);
       tile[i] = x;
     }
-    __syncthreads();
   }
 
-  // A stage holds what attend_step() needs: keys of the next step, values of the one before. The first step has no
-  // weights yet for the values behind the tile's.
-  __device__ __forceinline__ void copy(int step, int stage) {
-    const Copies copies{p, s};
-    if (step > 0) copies.copy_k(step - 1, stage);
-    if (step >= -1 && step < s.tile.steps) copies.copy_v(step + 1, stage);
+  // A stage holds a step's values and the keys of the step below it.
+  static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
+
+  __device__ __forceinline__ void copy(int step) {
+    int thread = threadIdx.x;
+    forget(thread);  // what depends on it would take registers over all steps
+    const Copies copies{p, base, static_cast<unsigned>(thread)};
+    copies.copy_k(step - 1, stage_of(step));
+    copies.copy_v(step, stage_of(step));
     async_copy_commit();
   }
 
   __device__ __forceinline__ void attend() {
     if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
     __syncthreads();
-    stage_all();
-    int next = 0;  // stage of the next copy
-    auto advance = [](int& x) { x = x + 1 == kStages ? 0 : x + 1; };
+    float scale[kR];
+    if (!p.q_vec) stage_all(scale);
     int step = s.tile.steps;
 #pragma unroll 1
-    for (; next < kStages - 1; ++next) copy(step - next, next);
-    begin();
+    for (int i = 0; i < kAhead; ++i) copy(step - i);
+    begin(scale);
     place();
     const bool v_bad = is_bad(1);
-#pragma unroll
-    for (int i = 0; i < kChunks * kPairs; ++i) weights[i / kPairs][i % kPairs / 4][i % 4] = 0;
-    int stage = 0;
+    async_copy_wait_group<kAhead - 1>();
+    __syncthreads();
+    // The first step, which no warp's queries see, has but the keys of the next one.
 #pragma unroll 1
     for (; step >= 0; --step) {
-      async_copy_wait_group<kStages - 2>();
-      __syncthreads();
-      copy(step - (kStages - 1), next);
-      advance(next);
-      if (v_bad) clear_nonfinite(stage);
+      const int stage = stage_of(step);
+      if ((step + 1) % kBarrier == 0) {
+        async_copy_wait_group<kAhead - kBarrier>();
+        __syncthreads();
+        if (v_bad) {
+#pragma unroll
+          for (int i = 0; i < kBarrier; ++i) clear_nonfinite(stage_of(step - i));
+          __syncthreads();
+        }
+      }
       if (step < steps) {
         attend_step(step, stage);
-      } else if (step == steps) {
-        multiply_k_all(stage);
+      } else {
+        copy(step - kAhead);
+        if (step == steps) {
+          multiply_k(stage);
+          mask(step - 1);
+          reduce(step - 1, stage);
+        }
       }
-      advance(stage);
     }
     async_copy_wait_group<0>();
-    __syncthreads();
-    if (v_bad) clear_nonfinite(stage);
-    multiply_last(stage);
     write();
   }
 };

@@ -21,8 +21,9 @@ __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* q
   __syncwarp();
 }
 
-// Row r of the tile, as half h of fragment m. Returns its scale.
-__device__ __forceinline__ float quantize_row(const Params& p, Shared& s, const uint16_t* row, bool inside, int quad,
+// Row r of the tile, as half h of fragment m. Returns its scale. The LSE needs the queries' product with K's shift, which
+// the scores lack: it waits where the LSE will stand.
+__device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside, int quad,
                                               int r, QueryFragments& q, int m, int h, const float* shift) {
   constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
   constexpr int kVectors = kHeadDim / 16;      // of 4 channels, that a lane has of a row
@@ -45,12 +46,14 @@ __device__ __forceinline__ float quantize_row(const Params& p, Shared& s, const 
     }
   }
   product = row_sum(product);
-  if (shift != nullptr && quad == 0) s.q_shift[r] = product * p.scale_log2;
+  if (shift != nullptr && quad == 0 && inside) {
+    p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + tile.row + r] = product * p.scale_log2;
+  }
   return scale.scale;
 }
 
 // Fragment m of this warp's, whose first row is `row` of the tile; lane t's first one stands at `queries`.
-__device__ __forceinline__ void quantize_queries(const Params& p, Shared& s, const Tile& tile, const uint16_t* queries,
+__device__ __forceinline__ void quantize_queries(const Params& p, const Tile& tile, const uint16_t* queries,
                                                  int64_t stride, int row, int m, QueryFragments& q,
                                                  float (&scale)[2 * kM]) {
   const float* shift = p.write_lse ? p.k_shift + static_cast<int64_t>(tile.head / p.group) * kHeadDim : nullptr;
@@ -58,7 +61,7 @@ __device__ __forceinline__ void quantize_queries(const Params& p, Shared& s, con
   for (int h = 0; h < 2; ++h) {
     const int r = row + threadIdx.x % 32 / 4 + 8 * h;
     const bool inside = tile.row + r < p.seqlen_q;
-    scale[2 * m + h] = quantize_row(p, s, queries + 8 * h * stride, inside, threadIdx.x % 4, r, q, m, h, shift);
+    scale[2 * m + h] = quantize_row(p, tile, queries + 8 * h * stride, inside, threadIdx.x % 4, r, q, m, h, shift);
   }
 }
 

@@ -12,7 +12,9 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;
+constexpr int kStages = STAGES;    // steps of keys in shared memory, a power of 2
+constexpr int kBarrier = BARRIER;  // steps from one barrier to the next
+constexpr int kAhead = kStages - kBarrier;  // steps that copies are ahead
 constexpr int kWarps = WARPS;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = ROWS;                  // queries of a tile
@@ -33,6 +35,9 @@ using VScaleType = float;  // of a channel
 constexpr V kV = V::kIo;
 using VScaleType = float;  // none
 #endif
+// Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
+constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
+constexpr int kQueryPartsShared = kV != V::kIo && kHeadDim == 128 && kM == 2 ? QSHARED : 0;
 constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKTileBytes = kStep * kHeadDim;
 constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
@@ -60,7 +65,7 @@ struct Params {
 struct Tile {
   int head;   // b * heads_q + h
   int row;    // first query
-  int steps;  // that its queries see
+  int steps;  // that its queries see, a multiple of kBarrier
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
@@ -78,23 +83,30 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     position = index % p.tiles;
   }
   tile.row = position * kRows;
-  tile.steps = (p.seqlen_k + kStep - 1) / kStep;
-  if constexpr (kCausal) tile.steps = min(tile.steps, (tile.row + kRows - 1) / kStep + 1);
+  constexpr int kKeys = kStep * kBarrier;
+  tile.steps = (p.seqlen_k + kKeys - 1) / kKeys * kBarrier;
+  if constexpr (kCausal) tile.steps = min(tile.steps, ((tile.row + kRows - 1) / kKeys + 1) * kBarrier);
   return tile;
 }
 
-struct alignas(1024) Shared {
+struct alignas(128) Shared {
   int8_t k[kStages][kKTileBytes];
   int8_t v[kStages][kVTileBytes];
   float k_scale[kStages][4];
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
-  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
-  // Of the tile's head: they would take registers over all steps.
+  float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
+  uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
+  float maximum[kV == V::kIo ? 1 : kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
+  // Of the tile and its head: they would take registers over all steps.
   Tile tile;
+  int full[kWarps];  // steps that need no mask
   const int8_t *head_k, *head_v;
   const float* head_k_scale;
   const VScaleType* head_v_scale;
 };
+// Addresses of what the loop over the keys reads, from the register that holds the address of all.
+#define SAGERT_AT(base, member) \
+  ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
 static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim, "queries do not fit before the keys come");
 
 }  // namespace sagert

@@ -27,13 +27,12 @@ struct Warp {
   const Params& p;
   Shared& s;
   QueryFragments q;
-  float q_scale[kR];
   float b[kR];    // exponents are c * score + b: -b is the maximum that the sums and O refer to
   float sum[kR];  // of the exponentials
   float o[kM][kChannelTiles][4];
   Scores scores;
   uint32_t k_lane, v_lane;  // what this lane gives ldmatrix, in stage 0
-  int full;                 // steps that need no mask
+  uint32_t base;            // address of shared memory
   int steps;                // that this warp's queries see
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
@@ -41,16 +40,20 @@ struct Warp {
   static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * (16 * kM); }
   static __device__ __forceinline__ int row() { return first_row() + lane() / 4; }
 
-  __device__ __forceinline__ Warp(const Params& params, Shared& shared) : p(params), s(shared) {}
+  __device__ __forceinline__ Warp(const Params& params, Shared& shared) : p(params), s(shared) {
+    int address = shared_address(&shared);
+    forget(address);  // it would be worked out anew in every step
+    base = address;
+  }
 
   // What depends on the tile: `s.tile` is there.
   __device__ __forceinline__ void place() {
     const int key = lane() % 8;
-    k_lane = shared_address(s.k[0]) + key * kHeadDim + swizzled<kHeadDim>(lane() / 8, key) * 16;
+    k_lane = SAGERT_AT(base, k) + key * kHeadDim + swizzled<kHeadDim>(lane() / 8, key) * 16;
     if constexpr (kV == V::kIo) {
-      v_lane = shared_address(s.v[0]) + lane() % 16 * kVRowBytes + (lane() / 16 ^ key) * 16;
+      v_lane = SAGERT_AT(base, v) + lane() % 16 * kVRowBytes + (lane() / 16 ^ key) * 16;
     } else {
-      v_lane = shared_address(s.v[0]) + key * kVRowBytes + swizzled<kVRowBytes>(lane() / 8, key) * 16;
+      v_lane = SAGERT_AT(base, v) + key * kVRowBytes + swizzled<kVRowBytes>(lane() / 8, key) * 16;
     }
     const int row = s.tile.row + first_row();
     int visible = p.seqlen_k;  // keys that all of the warp's queries see
@@ -60,7 +63,8 @@ struct Warp {
       steps = min(steps, (row + 16 * kM - 1) / kStep + 1);
     }
     if (row >= p.seqlen_q) steps = 0;
-    full = is_bad(0) ? 0 : visible / kStep;
+    if (lane() == 0) s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
+    __syncwarp();
   }
 
   // The head's K (0) or V (1) holds an infinity or a NaN. Without a mask nobody asks where 16-bit V is not finite, and
@@ -75,30 +79,39 @@ struct Warp {
   }
 
   // Quantizes queries that cannot be read as vectors, through shared memory, before anything else is there.
-  __device__ __forceinline__ void stage_all() {
-    if (p.q_vec) return;
+  __device__ __forceinline__ void stage_all(float (&scale)[kR]) {
     uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kHeadDim);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       stage_queries(p, queries(), first_row() + 16 * m, p.seqlen_q - s.tile.row, staged);
-      quantize_queries(p, s, s.tile, staged + lane() / 4 * kHeadDim, kHeadDim, first_row() + 16 * m, m, q, q_scale);
+      quantize_queries(p, s.tile, staged + lane() / 4 * kHeadDim, kHeadDim, first_row() + 16 * m, m, q, scale);
       __syncwarp();
     }
     __syncthreads();
   }
 
-  __device__ __forceinline__ void begin() {
+  __device__ __forceinline__ void begin(float (&scale)[kR]) {
     if (p.q_vec) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        quantize_queries(p, s, s.tile, queries() + (row() + 16 * m) * p.q_ss, p.q_ss, first_row() + 16 * m, m, q, q_scale);
+        quantize_queries(p, s.tile, queries() + (row() + 16 * m) * p.q_ss, p.q_ss, first_row() + 16 * m, m, q, scale);
       }
     }
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      sum[r] = q_scale[r] < infinity() ? 0.f : nan();
-      q_scale[r] = q_scale[r] < infinity() ? q_scale[r] : 0.f;
+      const bool finite = scale[r] < infinity();
+      sum[r] = finite ? 0.f : nan();
+      if (quad() == 0) s.q_scale[threadIdx.x / 32][lane() / 4][r] = finite ? scale[r] : 0.f;
       b[r] = -kLowest;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kQueryPartsShared; ++k) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t(&x)[4] = q[m][kQueryParts - kQueryPartsShared + k];
+        s.q[k][m][threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
+      }
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -107,22 +120,56 @@ struct Warp {
     }
   }
 
-  // Q K^T of the 8 keys `n` of a step and the 32 channels `k`; `fragments` holds 64 channels of the keys.
-  __device__ __forceinline__ void multiply_k(int n, int k, const uint32_t (&fragments)[4]) {
-    constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
-    const uint32_t b0 = fragments[k % 2 * 2], b1 = fragments[k % 2 * 2 + 1];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      if (k == 0) {
-        mma_s8(scores[m][n], q[m][k], b0, b1, magic);
-      } else {
-        mma_s8(scores[m][n], q[m][k], b0, b1, scores[m][n]);
-      }
-    }
+  // Q K^T of a step's keys in `stage`.
+  __device__ __forceinline__ void multiply_k(int stage) {
+    constexpr int own = kQueryParts - kQueryPartsShared;
+    multiply_k_parts<0, own>(stage, q);
+    if constexpr (kQueryPartsShared != 0) multiply_k_shared<own>(stage);
   }
 
-  __device__ __forceinline__ void load_k(uint32_t (&fragments)[4], int n, int k, uint32_t address) {
-    load_matrices(fragments, (address ^ k / 2 * 64) + n * 8 * kHeadDim);
+  // The same of channels whose queries stand in shared memory, from part `first` on.
+  template <int first>
+  __device__ __forceinline__ void multiply_k_shared(int stage) {
+    int t = threadIdx.x;
+    forget(t);
+    QueryFragments two;
+#pragma unroll
+    for (int k = first; k < first + 2; ++k) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int place = (k - kQueryParts + kQueryPartsShared) * kM + m;
+        load_shared(two[m][k], SAGERT_AT(base, q) + (place * kThreads + t) * 16);
+      }
+    }
+    multiply_k_parts<first, first + 2>(stage, two);
+    if constexpr (first + 2 < kQueryParts) multiply_k_shared<first + 2>(stage);
+  }
+
+  template <int first, int last>
+  __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
+    static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
+    const uint32_t address = k_lane + stage * kKTileBytes;
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n) {
+#pragma unroll
+      for (int k = first; k < last; k += 2) {
+        uint32_t fragments[4];
+        load_matrices(fragments, (address ^ k / 2 * 64) + n * 8 * kHeadDim);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+            const uint32_t(&a)[4] = queries[m][k + i];
+            if (k + i == 0) {
+              mma_s8(scores[m][n], a, fragments[0], fragments[1], magic);
+            } else {
+              mma_s8(scores[m][n], a, fragments[2 * i], fragments[2 * i + 1], scores[m][n]);
+            }
+          }
+        }
+      }
+    }
   }
 
   // Bits of the largest score of a lane's row r.
@@ -157,6 +204,16 @@ struct Warp {
     return p.k_bad[block * 4 + quad()] >> step * kStep % kBlock / 4;
   }
 
+  // Masks a step that holds the end of the keys, the causal diagonal, or bad keys.
+  __device__ __forceinline__ void mask(int step) {
+    int t = threadIdx.x;
+    forget(t);
+    if (step < load_shared_s32(SAGERT_AT(base, full) + (t >> 5) * 4)) return;
+    const uint32_t bad = bad_keys(step);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) mask_row(r, step, bad);
+  }
+
   __device__ __forceinline__ void write() {
     float inverse[kR];
 #pragma unroll
@@ -165,8 +222,8 @@ struct Warp {
       inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / sum[r];
       const int query = s.tile.row + row() + 8 * r;
       if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
-        const float lse = __log2f(sum[r]) - b[r] + s.q_shift[row() + 8 * r];
-        p.lse[static_cast<int64_t>(s.tile.head) * p.seqlen_q + query] = kLn2 * lse;
+        float& lse = p.lse[static_cast<int64_t>(s.tile.head) * p.seqlen_q + query];
+        lse = kLn2 * (__log2f(sum[r]) - b[r] + lse);
       }
     }
     const int64_t channels = static_cast<int64_t>(s.tile.head / p.group) * kHeadDim + 2 * quad();
