@@ -41,7 +41,7 @@ def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
 def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """INT8 values of finite k [N, Sk, D], held in fp32, and the scale of each key's group [N, Sk, 1].
 
-    A group is the 32 keys of a block of 128 that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
+    A group is the quarter of a block's keys that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
     """
     n, keys, d = k.shape
     padded = torch.nn.functional.pad(k, (0, 0, 0, -keys % block))

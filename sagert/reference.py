@@ -32,13 +32,14 @@ from sagert.visibility import Pattern, pattern, segments
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
-# The wgmma family moves a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
+# Tiled families move a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
 # and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
-WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
+TILED_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
 PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
-RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
+TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off
+RECIPES = {"portable": PRECISIONS, **dict.fromkeys(TILED, ("int8_fp16", "int8_fp8", "int8_int8"))}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
-BLOCK = 128
+BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 
 
 class Recipe(NamedTuple):
@@ -47,7 +48,7 @@ class Recipe(NamedTuple):
     precision: str
     smooth_k: bool = True
     family: str = "portable"
-    block_n: int = BLOCK
+    block_n: int = BLOCKS["portable"]
 
 
 class KeyValues(NamedTuple):
@@ -80,13 +81,16 @@ def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
 
 def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     """Quantizes k [N, Sk, D] and v [N, Sk, Dv] of some key heads."""
-    wgmma = recipe.family == "wgmma"
+    tiled = recipe.family in TILED
     kf, vf = k.float(), v.float()
     shift = k_shift(kf) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
-    k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
+    if tiled:
+        k8, k_scale = quantize_key_groups(kf - shift, BLOCKS[recipe.family])
+    else:
+        k8, k_scale = quantize_rows(kf - shift, math.inf)
     nan = vf.isnan()
     positive, negative = nan | (vf == math.inf), nan | (vf == -math.inf)
-    mean = v_mean(vf) if wgmma and recipe.precision != "int8_fp16" else None
+    mean = v_mean(vf) if tiled and recipe.precision != "int8_fp16" else None
     if mean is not None:
         vf = vf - mean
     if recipe.precision == "int8_fp8":
@@ -107,7 +111,7 @@ def attention(
     scale: float | None = None,
     precision: str = "int8_fp16",
     smooth_k: bool = True,
-    block_n: int = BLOCK,
+    block_n: int | None = None,
     family: str = "portable",
     attn_mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -116,13 +120,15 @@ def attention(
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time; attn_mask, window and causal_alignment as in `sagert.attention`.
+    number of keys the online softmax takes at a time (None: the family's); attn_mask, window and causal_alignment as in
+    `sagert.attention`.
     `family` is whose recipe to follow: "portable" scales K by rows and visits keys upwards; "wgmma" scales K by groups
     of 32 keys, takes V's mean off where it is large, and visits keys downwards (K must be finite there); its int8_int8
-    scales P by the row maximum of each block of keys, and V by block and channel. Returns (out [B, H, S, Dv] in q's
+    scales P by the row maximum of each block of keys, and V by block and channel; "mma" does so too, with groups of 16
+    keys and blocks of 64. Returns (out [B, H, S, Dv] in q's
     dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no reference.
     """
-    recipe = Recipe(precision, smooth_k, family, block_n)
+    recipe = Recipe(precision, smooth_k, family, block_n or BLOCKS.get(family, BLOCKS["portable"]))
     _check_recipe(recipe)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
@@ -286,10 +292,10 @@ def _hidden(
 def quantize_queries(q: Tensor, scale: float, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """INT8 values of q [..., D], held in fp32, and the scale of each row [..., 1], with scale * log2(e) in it.
 
-    The portable family scales before it quantizes, the wgmma family after: what lies between two integers may differ.
+    The portable family scales before it quantizes, the tiled ones after: what lies between two integers may differ.
     """
     factor = torch.tensor(scale * LOG2E, dtype=torch.float32, device=q.device)
-    if recipe.family != "wgmma":
+    if recipe.family not in TILED:
         return quantize_rows(q.float() * factor, math.nan)
     values, row = quantize_rows(q.float(), math.nan)
     return torch.copysign(torch.ones_like(factor), factor) * values, row * factor.abs()
@@ -299,14 +305,14 @@ def _heads(
     q: Tensor, kv: KeyValues, s: int, mask: Tensor | None, seen: Pattern, scale: float, recipe: Recipe, io: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Some key heads: q [N, rows, D], mask [query heads, S, Sk]; fp32 out [N, rows, Dv] and lse [N, rows]."""
-    wgmma, block_n = recipe.family == "wgmma", recipe.block_n
+    tiled, block_n = recipe.family in TILED, recipe.block_n
     fp8, integer = recipe.precision == "int8_fp8", recipe.precision == "int8_int8"
     n, rows, _ = q.shape
     sk = kv.k.shape[1]
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     q8, q_scale = quantize_queries(q, scale, recipe)
     k_scale = kv.k_scale.transpose(1, 2)
-    p_scale, slack = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0)
+    p_scale, slack = TILED_LOG2_P[recipe.precision] if tiled else (LOG2_448 if fp8 else 0.0, 0.0)
     position = torch.arange(s, device=q.device).repeat(rows // s)
 
     m = qf.new_full((n, rows, 1), -math.inf)
@@ -316,7 +322,7 @@ def _heads(
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
     starts = _starts(seen, s, sk, block_n)
-    for start in reversed(starts) if wgmma else starts:
+    for start in reversed(starts) if tiled else starts:
         keys = slice(start, min(start + block_n, sk))
         hidden, added = _hidden(seen, position, range(keys.start, keys.stop), s, sk, mask, n)
         # Products of int8 values summed over D stay below 2**24: exact in fp32.
@@ -345,7 +351,7 @@ def _heads(
         else:
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
-            if wgmma and fp8:
+            if recipe.family == "wgmma" and fp8:
                 in_half = is_half(position, range(keys.start, keys.stop), q.shape[2])
                 p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
