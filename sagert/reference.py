@@ -362,7 +362,7 @@ def _heads(
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / (rounded if wgmma and fp8 else total)
+    out = acc / (rounded if recipe.family == "wgmma" and fp8 else total)
     if fp8:
         out = out * kv.v_scale
     if kv.v_mean is not None:
