@@ -19,7 +19,9 @@ from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
 from sagert.quantize import (
     decode_v_fp8,
+    decode_v_int8,
     encode_v_fp8,
+    encode_v_int8,
     k_shift,
     quantize_key_groups,
     quantize_rows,
@@ -35,10 +37,12 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # The wgmma family moves a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
 # and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
 WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
-PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
-RECIPES = {"portable": PRECISIONS, "wgmma": ("int8_fp16", "int8_fp8", "int8_int8")}
+PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of the portable family, which CPU tensors run on
+RECIPES = {"portable": PRECISIONS, "wgmma": PRECISIONS}
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 BLOCK = 128
+V_BLOCK = 64  # keys that share a scale of V, and that P's largest byte is one of, in the portable int8_int8
+V_MAX = 126.0  # of its INT8 V: the codes beyond mark what is not finite
 
 
 class Recipe(NamedTuple):
@@ -63,12 +67,14 @@ class KeyValues(NamedTuple):
     negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
 
 
-def _check_recipe(recipe: Recipe) -> None:
-    if recipe.precision not in RECIPES.get(recipe.family, ()):
+def _recipe(precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None) -> Recipe:
+    """A recipe that has a reference; ValueError for others. P in bytes fixes the blocks of keys it is scaled in."""
+    if precision not in RECIPES.get(family, ()):
         known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
-        raise ValueError(
-            f"precision={recipe.precision!r} has no reference in family={recipe.family!r}: use one of {known}"
-        )
+        raise ValueError(f"precision={precision!r} has no reference in family={family!r}: use one of {known}")
+    if precision == "int8_int8":
+        block_n = BLOCK if family == "wgmma" else V_BLOCK
+    return Recipe(precision, smooth_k, family, BLOCK if block_n is None else block_n)
 
 
 def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -92,7 +98,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if recipe.precision == "int8_fp8":
         values, v_scale = quantize_v_fp8(vf)
     elif recipe.precision == "int8_int8":
-        values, v_scale = quantize_v_int8(vf, recipe.block_n)
+        values, v_scale = quantize_v_int8(vf, BLOCK) if wgmma else quantize_v_int8(vf, V_BLOCK, V_MAX, False)
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     return _with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None), positive, negative)
@@ -107,7 +113,7 @@ def attention(
     scale: float | None = None,
     precision: str = "int8_fp16",
     smooth_k: bool = True,
-    block_n: int = BLOCK,
+    block_n: int | None = None,
     family: str = "portable",
     attn_mask: Tensor | None = None,
     window: tuple[int | None, int | None] | None = None,
@@ -116,14 +122,14 @@ def attention(
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time; attn_mask, window and causal_alignment as in `sagert.attention`.
-    `family` is whose recipe to follow: "portable" scales K by rows and visits keys upwards; "wgmma" scales K by groups
-    of 32 keys, takes V's mean off where it is large, and visits keys downwards (K must be finite there); its int8_int8
-    scales P by the row maximum of each block of keys, and V by block and channel. Returns (out [B, H, S, Dv] in q's
-    dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no reference.
+    number of keys the online softmax takes at a time, which int8_int8 does not leave open; attn_mask, window and
+    causal_alignment as in `sagert.attention`. `family` is whose recipe to follow: "portable" scales K by rows, visiting
+    keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits keys downwards
+    (K must be finite there). int8_int8 scales P by the row maximum of each block of keys, and V by block and channel.
+    Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no
+    reference.
     """
-    recipe = Recipe(precision, smooth_k, family, block_n)
-    _check_recipe(recipe)
+    recipe = _recipe(precision, smooth_k, family, block_n)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
         return quantize_heads(k[batch, heads], v[batch, heads], recipe)
@@ -132,10 +138,15 @@ def attention(
     return _attend(q, sizes, key_values, recipe, attn_mask, pattern(is_causal, window, causal_alignment), scale)
 
 
+def _v_scales(seqlen: int, precision: str) -> int:
+    """How many scales a channel of V has."""
+    return -(-seqlen // V_BLOCK) if precision == "int8_int8" else 1
+
+
 def kv_bytes(batch: int, heads: int, seqlen: int, head_dim: int, head_dim_v: int, precision: str) -> int:
     """Bytes of quantize_kv's buffer: K in INT8, its scales (4 bytes a key) and shift (4 a channel), and V where the
-    precision quantizes it: e4m3 and scales (4 bytes a channel)."""
-    values = head_dim_v * (seqlen + 4) if precision == "int8_fp8" else 0
+    precision quantizes it: a byte and scales (4 bytes a channel, or a block and channel)."""
+    values = head_dim_v * (seqlen + 4 * _v_scales(seqlen, precision)) if precision != "int8_fp16" else 0
     return batch * heads * (seqlen * (head_dim + 4) + 4 * head_dim + values)
 
 
@@ -145,9 +156,10 @@ def _sections(
     """Views of quantize_kv's buffer per (batch, head): shift, k_scale, [v_scale,] k8[, v8], 4-byte ones first."""
     b, h, s, d = shape
     sizes: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (d,)), (torch.float32, (s,))]
-    sizes += [(torch.float32, (head_dim_v,))] if precision == "int8_fp8" else []
+    quantized = precision != "int8_fp16"
+    sizes += [(torch.float32, (_v_scales(s, precision), head_dim_v))] if quantized else []
     sizes += [(torch.int8, (s, d))]
-    sizes += [(torch.uint8, (s, head_dim_v))] if precision == "int8_fp8" else []
+    sizes += [(torch.int8 if precision == "int8_int8" else torch.uint8, (s, head_dim_v))] if quantized else []
     views: list[Tensor] = []
     start = 0
     for dtype, size in sizes:
@@ -159,8 +171,8 @@ def _sections(
 
 def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) -> Tensor:
     """K [B, Hk, Sk, D] and V [B, Hk, Sk, Dv] quantized by the portable recipe: uint8 [kv_bytes(...)]."""
-    recipe = Recipe(precision, smooth_k)
-    _check_recipe(recipe)
+    recipe = _recipe(precision, smooth_k)
+    encode = encode_v_int8 if precision == "int8_int8" else encode_v_fp8
     b, h, s, d = k.shape
     data = torch.empty(kv_bytes(b, h, s, d, v.shape[3], precision), dtype=torch.uint8, device=k.device)
     if s == 0:
@@ -171,10 +183,10 @@ def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) 
             kv = quantize_heads(head, values, recipe)
             shift.copy_(kv.k_shift[0, 0])
             k_scale.copy_(kv.k_scale[0, :, 0])
-            if precision == "int8_fp8":
+            if precision != "int8_fp16":
                 v_scale, k8, v8 = rest
-                v_scale.copy_(kv.v_scale[0, 0])
-                v8.copy_(encode_v_fp8(kv.v[0], values[0].float()))
+                v_scale.copy_(kv.v_scale[0])
+                v8.copy_(encode(kv.v[0], values[0].float()))
             else:
                 (k8,) = rest
             k8.copy_(kv.k[0])
@@ -198,17 +210,18 @@ def attend(
 
     The same bits as `attention` gives for the same K and V; results as there.
     """
-    recipe = Recipe(precision)
+    recipe = _recipe(precision)
+    decode = decode_v_int8 if precision == "int8_int8" else decode_v_fp8
     b, d = q.shape[0], q.shape[3]
     sections = _sections(data, (b, heads_kv, seqlen_k, d), head_dim_v, precision)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
         mine = sections[batch * heads_kv : (batch + 1) * heads_kv][heads]
         shift, k_scale, *rest = (torch.stack(parts) for parts in zip(*mine, strict=True))
-        if precision == "int8_fp8":
+        if precision != "int8_fp16":
             v_scale, k8, v8 = rest
-            values, positive, negative = decode_v_fp8(v8)
-            kv = KeyValues(k8.float(), k_scale[..., None], shift[:, None], values, v_scale[:, None], None, None, None)
+            values, positive, negative = decode(v8)
+            kv = KeyValues(k8.float(), k_scale[..., None], shift[:, None], values, v_scale, None, None, None)
             return _with_marks(kv, positive, negative)
         if v is None:
             raise ValueError(f"precision={precision!r} reads v, which was not given")
@@ -311,6 +324,7 @@ def _heads(
 
     m = qf.new_full((n, rows, 1), -math.inf)
     total = torch.zeros_like(m)
+    rounded = torch.zeros_like(m)  # of int8_int8: the sum of its bytes
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
@@ -334,12 +348,13 @@ def _heads(
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
         if integer:
-            p = torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
-            p = torch.round(255.0 * p)
+            p = 255.0 * torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
             weight = torch.exp2(highest - base) / 255.0
             block = start // block_n
             # Sums of products of bytes over a block stay below 2**24: exact in fp32.
             total = total * alpha + weight * p.sum(-1, keepdim=True)
+            p = torch.round(p)
+            rounded = rounded * alpha + weight * p.sum(-1, keepdim=True)
             acc = acc * alpha + (p @ kv.v[:, keys]) * (weight * kv.v_scale[:, block : block + 1])
         else:
             exponents = scores - (base - p_scale)
@@ -354,7 +369,7 @@ def _heads(
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / total
+    out = acc / (rounded if integer else total)
     if fp8:
         out = out * kv.v_scale
     if kv.v_mean is not None:
