@@ -38,6 +38,15 @@ def _nan_max(a, b):
 
 
 @triton.jit
+def _load_vectors(base, row, end, stride_s, D: tl.constexpr, BLOCK: tl.constexpr):
+    """load_tile of a tensor that vectors can read."""
+    rows = row + tl.arange(0, BLOCK)
+    pointers = base + (rows.to(tl.int64)[:, None] * stride_s + tl.arange(0, D)[None, :])
+    pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, D))
+    return tl.load(pointers, mask=(rows < end)[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _quantize_rows(x):
     """INT8 values (as fp32, half to even), scales and largest magnitudes of the rows of x [BLOCK, D].
 
@@ -96,11 +105,16 @@ def kv_stats(
 
     sums = tl.zeros([BLOCK, D], tl.float32)
     amax = tl.zeros([BLOCK, D], tl.float32)
-    for row in tl.range(first_row, last_row, BLOCK, num_stages=3):
-        sums += load_tile(k_base, row, last_row, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
-        if V_STATS > 0:
-            v = load_tile(v_base, row, last_row, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
-            amax = _nan_max(amax, tl.abs(v))
+    if (k_vec != 0) & (v_vec != 0):  # without a branch inside, the loop's loads run ahead of it
+        for row in tl.range(first_row, last_row, BLOCK, num_stages=3):
+            sums += _load_vectors(k_base, row, last_row, k_ss, D, BLOCK)
+            if V_STATS > 0:
+                amax = _nan_max(amax, tl.abs(_load_vectors(v_base, row, last_row, v_ss, D, BLOCK)))
+    else:
+        for row in tl.range(first_row, last_row, BLOCK, num_stages=1):
+            sums += load_tile(k_base, row, last_row, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
+            if V_STATS > 0:
+                amax = _nan_max(amax, tl.abs(load_tile(v_base, row, last_row, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)))
     k_sum = tl.sum(sums, 0)
     v_amax = tl.reduce(amax, 0, _nan_max)
     k_bad = tl.max((~_is_finite(k_sum)).to(tl.int32), 0)
