@@ -75,6 +75,15 @@ struct ConsumerBase {
     release_v();
   }
 
+#if V8_I8
+  // l is the sum of bytes, which is what P V multiplied; the LSE is of the exponentials before they were rounded. Their
+  // sum is this thread's alone, but the products leave no register for it.
+  __device__ __forceinline__ float& exact_sum(int r) { return s.exact_sums[r][threadIdx.x - 128]; }
+#else
+  __device__ __forceinline__ float exact_sum(int r) { return l[r]; }
+#endif
+  __device__ __forceinline__ bool wants_lse() { return p.write_lse || is_split(); }
+
   // Brings O, to which all blocks before have been added, to the present maximum.
   __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
     if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
@@ -109,6 +118,11 @@ struct ConsumerBase {
   static __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+  }
+
+  static __device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
   }
 
   // This thread's keys of a block that hold an infinity or a NaN, bits as in beyond().
@@ -221,13 +235,13 @@ struct ConsumerBase {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      l[r] += __shfl_xor_sync(~0u, l[r], 1);
-      l[r] += __shfl_xor_sync(~0u, l[r], 2);
+      l[r] = quad_sum(l[r]);
+      const float sum = kV == V::kInt8 && wants_lse() ? quad_sum(exact_sum(r)) : l[r];
       inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / l[r];
       const int query = tile.row + row() + 8 * r;
       if (quad() == 0 && query < p.seqlen_q) {
         const int64_t place = static_cast<int64_t>(tile.head) * p.seqlen_q + query;
-        const float lse = __log2f(l[r]) + maximum[r], shift = s.q_shift[row() + 8 * r];
+        const float lse = __log2f(sum) + maximum[r], shift = s.q_shift[row() + 8 * r];
         if (is_split()) {
           write_part_lse(place, lse, shift);
         } else if (p.write_lse) {

@@ -129,14 +129,19 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // Exponentials, rounded to bytes. The scores' fragment is the A operand of P V when V's keys stand in pair order.
-  __device__ __forceinline__ void exponentiate(const Scaling& z, uint32_t (&sum)[2]) {
+  // Exponentials, rounded to bytes, and the sums of bytes. With `exact` also their sums before rounding, which the LSE
+  // is made of. The scores' fragment is the A operand of P V when V's keys stand in pair order.
+  template <bool exact>
+  __device__ __forceinline__ void exponentiate(const Scaling& z, const float (&next_weight)[2], uint32_t (&sum)[2]) {
+    float whole[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < kBlock / 16; ++j) {
       auto byte = [&](int i) {
         const int r = i / 2 % 2;
         const float x = __int_as_float(scores[8 * j + i] + z.shift[r]);
-        return __float_as_uint(exp2_approx(fmaf(x, z.c[r], z.b[r])) + kRound);
+        const float weight = exp2_approx(fmaf(x, z.c[r], z.b[r]));
+        if constexpr (exact) whole[r] += weight;
+        return __float_as_uint(weight + kRound);
       };
       const uint32_t upper = pack_low_bytes(byte(0), byte(1), byte(4), byte(5));
       const uint32_t lower = pack_low_bytes(byte(2), byte(3), byte(6), byte(7));
@@ -144,6 +149,10 @@ struct Consumer : ConsumerBase {
       sum[1] = __dp4a(lower, 0x01010101u, sum[1]);
       scores[2 * j] = static_cast<int32_t>(upper);
       scores[2 * j + 1] = static_cast<int32_t>(lower);
+    }
+    if constexpr (exact) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], next_weight[r] * whole[r]);
     }
   }
 
@@ -159,6 +168,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int i = 0; i < kBlock / 8; ++i) weights[i] = 0;
     maximum[0] = maximum[1] = kLowest;
+    exact_sum(0) = exact_sum(1) = 0.f;
     weight[0] = weight[1] = 0.f;
     const bool k_bad = is_bad(tile, 0);
     const int masked = tile.end - masked_blocks(tile, tile.end, k_bad);
@@ -186,7 +196,11 @@ struct Consumer : ConsumerBase {
       weight[0] *= z.alpha[0];
       weight[1] *= z.alpha[1];
       uint32_t sum[2] = {0, 0};
-      exponentiate(z, sum);
+      if (wants_lse()) {
+        exponentiate<true>(z, next_weight, sum);
+      } else {
+        exponentiate<false>(z, next_weight, sum);
+      }
       hold(sum);
       wgmma_wait<0>();
       pin(products);
