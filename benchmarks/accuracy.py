@@ -100,12 +100,13 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--precisions", default="", help="comma separated; default: all that this device serves")
+    parser.add_argument("--rows", nargs="+", default=[], help="these kernel rows of sagert instead of precisions")
     parser.add_argument("--only-sagert", action="store_true", help="leave the other packages out")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/accuracy-<device>.json")
     args = parser.parse_args()
 
     precisions = args.precisions.split(",") if args.precisions else served()
-    known = [p for p in contenders(precisions) if not args.only_sagert or p.name.startswith("sagert")]
+    known = [p for p in contenders(precisions, args.rows) if not args.only_sagert or p.name.startswith("sagert")]
     peers = [*one_per_name(known), Peer("SageAttention2 recipe, simulated", "end to end", simulated)]
     run: dict[str, Any] = {
         "environment": environment(),

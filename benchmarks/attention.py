@@ -108,9 +108,11 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--precisions", default="", help="comma separated; default: all that this device serves")
+    parser.add_argument("--rows", nargs="+", default=[], help="these kernel rows of sagert instead of precisions")
     parser.add_argument("--rounds", type=int, default=15, help="samples per contender")
     parser.add_argument("--quick", action="store_true", help="two shapes, few samples: does everything run?")
     parser.add_argument("--only-sagert", action="store_true", help="leave the other packages out")
+    parser.add_argument("--peers", nargs="+", default=[], help="of the other packages those whose names begin so")
     parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/attention-<device>.json")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -124,7 +126,9 @@ def main() -> int:
     capability = torch.cuda.get_device_capability()
     rows = [r for r in sagert.kernels() if r.capability_min <= capability <= r.capability_max]
     precisions = args.precisions.split(",") if args.precisions else list(dict.fromkeys(r.precision for r in rows))
-    peers = [p for p in contenders(precisions) if not args.only_sagert or p.name.startswith("sagert")]
+    peers = [p for p in contenders(precisions, args.rows) if not args.only_sagert or p.name.startswith("sagert")]
+    if args.peers:
+        peers = [p for p in peers if p.name.startswith(("sagert", *args.peers))]
 
     run: dict[str, Any] = {"environment": environment(), "clocks_before": clocks(), "points": []}
     for head_dim in args.head_dim:

@@ -4,7 +4,8 @@
     python benchmarks/native_cost.py [--library build/sagert/lib/libsagert.so] [--capability 90] [--precision int8_fp8]
 
 Compiles benchmarks/native/ with CC, the system's compiler or zig. Prints the least and the median nanoseconds of
-sagert_workspace_size, sagert_attention (its launches included, which this driver makes free) and both in turn.
+sagert_workspace_size, sagert_attention (its launches included, which this driver makes free) and both in turn, and of
+sagert_kv_plan and sagert_quantize_kv.
 """
 
 from __future__ import annotations

@@ -97,6 +97,32 @@ def sagert_kernel(precision: str) -> Prepare:
     return prepare
 
 
+def row_end_to_end(row: str) -> Prepare:
+    def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
+        out = torch.empty_like(q)
+        return written(NativeCall(q, k, v, out, causal=causal, precision=precision_of(row), row=row).run, out)
+
+    return prepare
+
+
+def row_kernel(row: str) -> Prepare:
+    def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
+        out = torch.empty_like(q)
+        split = NativeCall(q, k, v, out, causal=causal, precision=precision_of(row), row=row)
+        split.quantize()
+        return written(split.attend, out)
+
+    return prepare
+
+
+def precision_of(row: str) -> str:
+    """ValueError with the rows there are where `row` is none of them."""
+    known = {r.id: r.precision for r in sagert.kernels()}
+    if row not in known:
+        raise ValueError(f"row {row!r}; this sagert has: {', '.join(known)}")
+    return known[row]
+
+
 def sdpa(backend: SDPBackend) -> Prepare:
     def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
         def run() -> torch.Tensor:
@@ -175,6 +201,34 @@ def sageattention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: boo
     return returned(lambda: sage.sageattn(q, k, v, tensor_layout="HND", is_causal=causal))
 
 
+def sageattention_int8_fp16(accumulator: str) -> Prepare:
+    """SageAttention2's kernel for compute capability 8.0 with its defaults: per-thread scales, mean of K subtracted."""
+
+    def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
+        sage = module("sageattention")
+        options = {"tensor_layout": "HND", "is_causal": causal, "pv_accum_dtype": accumulator}
+        return returned(lambda: sage.sageattn_qk_int8_pv_fp16_cuda(q, k, v, **options))
+
+    return prepare
+
+
+def sageattention_int8_fp16_kernel(accumulator: str) -> Prepare:
+    def prepare(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
+        core = module("sageattention.core")
+        name = {"fp32": "qk_int8_sv_f16_accum_f32_attn", "fp16+fp32": "qk_int8_sv_f16_accum_f16_attn_inst_buf"}
+        attend = getattr(core.sm80_compile, name[accumulator])
+        rows = 16 if q.shape[-1] == 128 and accumulator == "fp16+fp32" else 32  # of a warp: what shares Q's scales
+        blocks = {"BLKQ": 128, "WARPQ": rows, "BLKK": 64, "WARPK": 64}
+        mean = k.mean(dim=2, keepdim=True)
+        q8, q_scale, k8, k_scale = core.per_thread_int8_triton(q, k, mean, tensor_layout="HND", **blocks)
+        v16, out = v.to(torch.float16), torch.empty_like(q)
+        # 1: [B, H, S, D]; 3: per-thread scales; 0: no LSE
+        tail = (1, int(causal), 3, q.shape[-1] ** -0.5, 0)
+        return written(lambda: attend(q8, k8, v16, out, q_scale, k_scale, *tail), out)
+
+    return prepare
+
+
 def comfy_kitchen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Prepared:
     kitchen = module("comfy_kitchen")
     if causal:
@@ -190,10 +244,19 @@ def comfy_kitchen_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, caus
     return returned(lambda: kitchen.int8_attention_from_prequantized(packed))
 
 
-def contenders(precisions: list[str]) -> list[Peer]:
-    """sagert's precisions, kernel only and end to end, and every peer this script knows."""
-    mine = [Peer(f"sagert {p}", "kernel", sagert_kernel(p)) for p in precisions]
-    mine += [Peer(f"sagert {p}", "end to end", sagert_end_to_end(p)) for p in precisions]
+def contenders(precisions: list[str], rows: list[str] | None = None) -> list[Peer]:
+    """sagert's precisions (or the named rows), kernel only and end to end, and every peer this script knows."""
+    if rows:
+        mine = [Peer(f"sagert {row}", "kernel", row_kernel(row)) for row in rows]
+        mine += [Peer(f"sagert {row}", "end to end", row_end_to_end(row)) for row in rows]
+    else:
+        mine = [Peer(f"sagert {p}", "kernel", sagert_kernel(p)) for p in precisions]
+        mine += [Peer(f"sagert {p}", "end to end", sagert_end_to_end(p)) for p in precisions]
+    sage = [
+        Peer(f"SageAttention int8_fp16 ({accumulator})", timed, prepare(accumulator))
+        for accumulator in ("fp32", "fp16+fp32")
+        for timed, prepare in (("kernel", sageattention_int8_fp16_kernel), ("end to end", sageattention_int8_fp16))
+    ]
     return [
         *mine,
         Peer("SDPA flash bf16", "end to end", sdpa(SDPBackend.FLASH_ATTENTION)),
@@ -202,6 +265,7 @@ def contenders(precisions: list[str]) -> list[Peer]:
         Peer("FlashAttention-3 fp8", "kernel", flash_attention_3_fp8),
         Peer("cuDNN fp8", "kernel", cudnn_fp8),
         Peer("SageAttention", "end to end", sageattention),
+        *sage,
         Peer("comfy-kitchen int8", "kernel", comfy_kitchen_kernel),
         Peer("comfy-kitchen int8", "end to end", comfy_kitchen),
     ]

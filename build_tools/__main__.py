@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ _DESCRIPTION = """Builds sagert from its manifests (kernels/*/manifest.toml).
   list         what the manifests expand to
   bundles      compile and gate the kernels, write bundles and the kernel table
   all          bundles, then libsagert through CMake
+  ptx          packages whose kernels are PTX, to test rows on devices of a later generation
+  bounds       instructions per key block of attention kernels, and what they allow on GPUs of published rates
   check-wheel  is a finished wheel fit to ship
 
 Needs no GPU and no CUDA toolkit: every tool is a pinned package (see [build-system] in pyproject.toml)."""
@@ -29,16 +32,27 @@ def _parser() -> argparse.ArgumentParser:
     choose.add_argument("--arch", action="append", default=[], help="only this architecture (repeatable)")
     choose.add_argument("--row", action="append", default=[], help="only this row (repeatable)")
     choose.add_argument("--kernels", type=Path, default=_ROOT / "kernels", help="folder of manifests and sources")
-    make = argparse.ArgumentParser(add_help=False)
-    make.add_argument("--jobs", type=int, default=None, help="kernels compiled at a time (default: number of CPUs)")
+    work = argparse.ArgumentParser(add_help=False)
+    work.add_argument("--jobs", type=int, default=None, help="kernels compiled at a time (default: number of CPUs)")
+    work.add_argument("--cache", type=Path, default=None, help="default: $SAGERT_BUILD_CACHE or ~/.cache/sagert-build")
+    make = argparse.ArgumentParser(add_help=False, parents=[work])
     make.add_argument(
         "--out", type=Path, default=_ROOT / "build" / "sagert", help="gets bundles/ (default: %(default)s)"
     )
     make.add_argument("--table", type=Path, default=None, help="kernel table (default: OUT/../kernel_table.cc)")
-    make.add_argument("--cache", type=Path, default=None, help="default: $SAGERT_BUILD_CACHE or ~/.cache/sagert-build")
     commands.add_parser("list", parents=[choose], help="what the manifests expand to")
     commands.add_parser("bundles", parents=[choose, make], help="compile kernels, write bundles and the kernel table")
     commands.add_parser("all", parents=[choose, make], help="bundles, then libsagert through CMake")
+    ptx = commands.add_parser("ptx", parents=[choose, work], help="packages whose kernels are PTX, for tests")
+    ptx.add_argument("--on", default="9.0", help="capability of the device they are to run on (default: %(default)s)")
+    ptx.add_argument(
+        "--out", type=Path, default=_ROOT / "build" / "ptx", help="gets <arch>/sagert (default: %(default)s)"
+    )
+    bounds = commands.add_parser("bounds", parents=[choose, work], help="counts per key block and bounds per GPU")
+    bounds.add_argument(
+        "--others", type=Path, help="JSON of kernels built elsewhere, or written before (bounds.of_file)"
+    )
+    bounds.add_argument("--json", type=Path, help="write the figures there too")
     check = commands.add_parser("check-wheel", help="is a finished wheel fit to ship")
     check.add_argument("wheel", type=Path)
     check.add_argument("--kernels", type=Path, default=_ROOT / "kernels", help="manifests the wheel must cover")
@@ -80,6 +94,36 @@ def _all(args: argparse.Namespace) -> None:
     sys.stdout.write(f"{build_library(_ROOT, args.out, args.table, args.cache)}\n")
 
 
+def _ptx(args: argparse.Namespace) -> None:
+    from build_tools.cache import default_folder
+    from build_tools.ptx import make
+
+    if not re.fullmatch(r"\d+\.\d", args.on):
+        raise BuildError(f"--on {args.on}: expected a compute capability, such as 9.0")
+    device, store = int(args.on.replace(".", "")), args.cache or default_folder()
+    for site in make(_ROOT, args.kernels, args.arch, args.row, device, args.out, store, args.jobs):
+        sys.stdout.write(f"{site}: test it with PYTHONPATH={site}\n")
+
+
+def _bounds(args: argparse.Namespace) -> None:
+    import json
+
+    from build_tools import bounds
+    from build_tools.build import plans
+    from build_tools.bundle import write_file
+    from build_tools.cache import Cache, default_folder
+
+    gpus = bounds.load_gpus()
+    names = {gpu.arch for gpu in gpus}
+    chosen = [plan for plan in plans(args.kernels, args.arch, args.row) if plan.manifest.arch.name in names]
+    rows = frozenset(row.id for plan in plans(args.kernels, [], []) for row in plan.rows)
+    entries = bounds.of_rows(chosen, args.kernels, Cache(args.cache or default_folder()), args.jobs)
+    entries += bounds.of_file(args.others, rows) if args.others else []
+    sys.stdout.write(bounds.markdown(entries, gpus))
+    if args.json:
+        write_file(args.json, (json.dumps(bounds.to_json(entries, gpus), indent=1) + "\n").encode())
+
+
 def _check_wheel(args: argparse.Namespace) -> None:
     from build_tools.wheel_check import check_wheel
 
@@ -89,7 +133,14 @@ def _check_wheel(args: argparse.Namespace) -> None:
 def main() -> int:
     """Runs a command; returns the exit status."""
     args = _parser().parse_args()
-    commands = {"list": _list, "bundles": _bundles, "all": _all, "check-wheel": _check_wheel}
+    commands = {
+        "list": _list,
+        "bundles": _bundles,
+        "all": _all,
+        "ptx": _ptx,
+        "bounds": _bounds,
+        "check-wheel": _check_wheel,
+    }
     try:
         commands[args.command](args)
     except BuildError as error:

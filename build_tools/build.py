@@ -30,8 +30,10 @@ def plans(kernels: Path, archs: list[str], rows: list[str]) -> list[Plan]:
     return [plan for manifest in chosen if (plan := expand.expand(manifest, frozenset(rows))).rows or not rows]
 
 
-def _make(kernel: Kernel, kernels: Path, store: cache.Cache, progress: Progress) -> tuple[bytes, cubin.Facts]:
-    name = cache.key(kernel.job, kernels)
+def _make(
+    kernel: Kernel, kernels: Path, store: cache.Cache, progress: Progress, ptx: bool
+) -> tuple[bytes, cubin.Facts]:
+    name = cache.key(kernel.job, kernels) + ("-ptx" if ptx else "")
     found = store.get(name)
     cached = found is not None
     if found is None:
@@ -40,27 +42,38 @@ def _make(kernel: Kernel, kernels: Path, store: cache.Cache, progress: Progress)
         source = kernels / kernel.job.source.partition(":")[0]
         if cache.current_digest(source, kernels) != cache.source_digest(source, kernels):
             raise BuildError(f"{source} or a file it uses changed while it was being compiled: build again")
-        found = compiled.cubin, cubin.inspect(compiled)
+        # The driver wants PTX to end with a zero byte.
+        found = compiled.ptx.encode() + b"\0" if ptx else compiled.cubin, cubin.inspect(compiled)
         store.put(name, *found)
     progress.advance(f"{kernel.job.arch} {kernel.job.label}", cached)
     return found
 
 
-def build(todo: list[Plan], kernels: Path, store: cache.Cache, jobs: int | None = None) -> list[Bundle]:
-    """Compiles and gates every kernel of the plans. Raises BuildError listing every kernel that failed."""
+def build(
+    todo: list[Plan], kernels: Path, store: cache.Cache, jobs: int | None = None, ptx: bool = False
+) -> list[Bundle]:
+    """Compiles and gates every kernel of the plans. Raises BuildError listing every kernel that failed.
+
+    With `ptx` the bundles hold each kernel's PTX in the place of its machine code, which no gate judges then.
+    """
     progress = Progress(sum(len(plan.kernels) for plan in todo))
     failures: list[str] = []
     bundles: list[Bundle] = []
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        futures = [[pool.submit(_make, kernel, kernels, store, progress) for kernel in plan.kernels] for plan in todo]
+        futures = [
+            [pool.submit(_make, kernel, kernels, store, progress, ptx) for kernel in plan.kernels] for plan in todo
+        ]
         try:
             for plan, results in zip(todo, futures, strict=True):
                 built: list[Built] = []
                 for kernel, result in zip(plan.kernels, results, strict=True):
                     try:
                         data, facts = result.result()
-                        gates.check(kernel, facts, plan.manifest.arch.shared_limit)
-                        built.append(Built(kernel, expand.file_name(kernel.job), data, facts))
+                        if not ptx:
+                            gates.check(kernel, facts, plan.manifest.arch.shared_limit)
+                        built.append(
+                            Built(kernel, expand.file_name(kernel.job, ".ptx" if ptx else ".cubin"), data, facts)
+                        )
                     except BuildError as error:
                         failures.append(str(error))
                 bundles.append(Bundle(plan, tuple(built)))

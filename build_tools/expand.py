@@ -223,6 +223,6 @@ def _distinct_labels(jobs: list[Job]) -> list[Job]:
     return named
 
 
-def file_name(job: Job) -> str:
-    """The cubin's file name inside its bundle."""
-    return f"{job.label}.cubin"
+def file_name(job: Job, suffix: str = ".cubin") -> str:
+    """The kernel's file name inside its bundle."""
+    return f"{job.label}{suffix}"

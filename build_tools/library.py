@@ -28,9 +28,10 @@ def _run(command: list[str], environment: dict[str, str]) -> None:
         raise BuildError(f"{' '.join(command[:3])} failed:\n{(done.stdout + done.stderr).strip()}")
 
 
-def build_library(root: Path, out: Path, table: Path, cache: Path) -> Path:
-    """Compiles the host code of `root` with the kernel table; returns the library's path."""
-    build = out.parent / "cmake"
+def build_library(root: Path, out: Path, table: Path, cache: Path, build: Path | None = None) -> Path:
+    """Compiles the host code of `root` with the kernel table, in `build` (default: OUT/../cmake); returns the library's
+    path."""
+    build = build or out.parent / "cmake"
     environment = {**os.environ, "SAGERT_BUILD_CACHE": str(cache.resolve())}
     definitions = {
         "SAGERT_BUILD_BUNDLES": "OFF",

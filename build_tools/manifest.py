@@ -19,6 +19,7 @@ from build_tools.schema import Table, read_toml
 SCHEMA = 1
 ROLES = (  # host/table.h: Role
     "kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair",
+    "attention_lse",
 )  # fmt: skip
 PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3, "int4_fp8": 4, "nvfp4": 5}
 ACCURACIES = {"high": 0, "standard": 1, "low": 2}
@@ -45,6 +46,7 @@ class Arch:
     runs_on: tuple[int, int]
     driver_min: int
     shared_limit: int
+    ptx: int | None = None  # architecture whose PTX devices of later generations run too: 80 is compute_80
 
 
 @dataclass(frozen=True)
@@ -263,7 +265,8 @@ def _arch(table: Table, folder: str) -> Arch:
         table.fail("target", "expected sm_<number>, or with 'a' or 'f', such as sm_90a")
     capability = table.at_least("triton_capability", 75)
     runs_on = _capabilities(table, None)
-    arch = Arch(name, target, capability, runs_on, _driver(table, None), table.at_least("shared_limit", 49152))
+    driver_min, shared_limit = _driver(table, None), table.at_least("shared_limit", 49152)
+    arch = Arch(name, target, capability, runs_on, driver_min, shared_limit, table.at_least("ptx", 75, None))
     table.finish()
     return arch
 

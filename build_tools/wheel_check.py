@@ -107,6 +107,8 @@ def _bundles(archive: zipfile.ZipFile, kernels: Path) -> list[str]:
                 problems.append(f"bundle: {name} is missing")
             elif hashlib.sha256(archive.read(name)).hexdigest() != sha256:
                 problems.append(f"bundle: {name} does not have the sha256 its index.json says")
+            elif not archive.read(name).startswith(b"\x7fELF"):
+                problems.append(f"bundle: {name} is no machine code: build with 'bundles' or 'all', not with 'ptx'")
         extra = {name for name in names if name.startswith(home)} - files.keys() - {home + "index.json"}
         problems += [f"bundle: {name} is in no index" for name in sorted(extra)]
     return problems

@@ -32,6 +32,7 @@ enum : CUresult {
 
 enum : int {
   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
+  CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE = 38,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75,
   CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76,
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
@@ -115,6 +116,7 @@ struct DriverApi {
 struct Device {
   CUdevice handle = 0;
   sagert_device info{};
+  int64_t l2_bytes = 0;
   std::atomic<CUcontext> context{nullptr};  // the primary context once retained
 };
 

@@ -19,7 +19,8 @@ enum Role : int32_t {
   kScanMask = 5,
   kListBlocks = 6,
   kRepair = 7,
-  kRoleCount = 8
+  kAttentionLse = 8,  // in place of attention where the LSE is wanted; rows without it have one kernel for both
+  kRoleCount = 9
 };
 
 // One cubin.

@@ -14,7 +14,7 @@ from sagert import fallback as fallback_module
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.kv import QuantizedKV
 from sagert.options import Options
-from sagert.plans import PLANS, Keep, tensor_key
+from sagert.plans import PLANS, tensor_key
 from sagert.visibility import pattern
 
 _is_compiling = torch.compiler.is_compiling
@@ -99,16 +99,17 @@ def attention(
     """
     key: Any = None
     if not _is_compiling():
-        # A call like one that was made before needs no checks, no selection and no packing: see launch.Plan.
+        # A call like one that was made before needs no checks, no selection and no packing: see plans.Plan.
         given: Any = (q, k, v)
         try:
             inputs: Any
             if v is None and isinstance(k, QuantizedKV):
                 inputs, given = (tensor_key(q), k.key), (q, *k.tensors)
             else:
-                inputs = (
-                    q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
-                    v.shape, v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
+                inputs = (  # tensor_key() of each
+                    q.shape, q.is_contiguous() or q.stride(), q.dtype, q.get_device(),
+                    k.shape, k.is_contiguous() or k.stride(), k.dtype, k.get_device(),  # type: ignore[union-attr]
+                    v.shape, v.is_contiguous() or v.stride(), v.dtype, v.get_device(),  # type: ignore[union-attr]
                 )  # fmt: skip
             key = (
                 inputs, dropout_p, is_causal, scale, enable_gqa, layout, precision, return_lse, smooth_k, fallback,
@@ -123,7 +124,7 @@ def attention(
             if attn_mask is not None:
                 given = (*given, attn_mask)
             if ops.is_plain(given if out is None else (*given, out), plan.half):
-                return plan.attend(given, out)  # type: ignore[no-any-return]
+                return plan.launch(given, out)  # type: ignore[no-any-return]
 
     checks.check_layout(layout)
     q, k, v, attn_mask = autocast(q, q, k, v, attn_mask)
@@ -178,7 +179,7 @@ def attention(
             scale, seen.is_causal, code, k.smooth_k if isinstance(k, QuantizedKV) else bool(smooth_k), bool(return_lse),
             may_fall_back, seen.window_left, seen.window_right, seen.bottom_right,
         )  # fmt: skip
-        keep = None if key is None else Keep(key, layout)
+        keep = ops.keep(key, layout=layout)
         if isinstance(k, QuantizedKV):
             sizes = (k.shape[1], k.shape[2], k.head_dim_v, k.row)
             result, lse = ops.call("attention_kv", out, q, k.data, k.v, attn_mask, *sizes, *options, keep=keep)

@@ -261,7 +261,9 @@ def kv_plan(
     return info.bytes, info.row, bool(info.reads_v)
 
 
-def quantize_kv(k: Tensor, v: Tensor, precision: int, smooth_k: bool, row: int, size: int) -> Tensor:
+def quantize_kv(
+    k: Tensor, v: Tensor, precision: int, smooth_k: bool, row: int, size: int, *, keep: Keep | None = None
+) -> Tensor:
     """The buffer of a plan, uint8 [size], from k [B, Hk, Sk, D] and v [B, Hk, Sk, Dv] in 16 bits."""
     data = k.new_empty(size, dtype=torch.uint8)
     flags = (0 if smooth_k else codes.FLAG_NO_SMOOTH_K) | _grad_flag(k, v)
@@ -272,4 +274,6 @@ def quantize_kv(k: Tensor, v: Tensor, precision: int, smooth_k: bool, row: int, 
     native.check(native.library().sagert_quantize_kv(arguments.address))
     if _STRICT:
         torch.cuda.synchronize(k.device)
+    if keep is not None:
+        keep.plan(arguments, 0, ((native.K, k), (native.V, v)), data, place=native.KV, run="sagert_quantize_kv")
     return data

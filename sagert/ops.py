@@ -8,6 +8,7 @@ tensors outside every tracing mode take the functions of sagert.launch directly,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from sagert import cpu, launch
 from sagert.errors import UnsupportedError
 from sagert.options import SCHEMA
+from sagert.plans import Keep
 
 # Operators take their tensors and sizes, then SCHEMA's arguments. The number is where SCHEMA begins.
 _QKV = "Tensor q, Tensor k, Tensor v, "
@@ -65,7 +67,8 @@ def _head_dim_v(name: str, arguments: tuple[Any, ...]) -> int:
 # What says that no tracing or transforming mode looks on. Absent in some torch: then every call is an operator call.
 _dispatch_modes: Any = getattr(torch._C, "_len_torch_dispatch_stack", None)
 _transforms: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-_is_autocast_enabled, _is_grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+_is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled: Any = getattr(torch._C, "_is_any_autocast_enabled", partial(torch.is_autocast_enabled, "cuda"))
 _HAS_DIRECT = _dispatch_modes is not None and _transforms is not None
 
 
@@ -90,7 +93,7 @@ def is_plain(tensors: tuple[Tensor, ...], half: bool) -> bool:
         not _HAS_DIRECT
         or _dispatch_modes() != 0
         or _transforms() is not None
-        or _is_autocast_enabled("cuda")
+        or _is_autocast_enabled()
         or forward_ad._current_level >= 0
     ):
         return False
@@ -101,6 +104,14 @@ def is_plain(tensors: tuple[Tensor, ...], half: bool) -> bool:
         if half and tensor.is_neg():  # no complex type has bf16 parts
             return False
     return True
+
+
+def keep(key: Any, **what: Any) -> Keep | None:
+    """Keep of a call that is about to be made, unless it has no key or a state that no Plan knows of decides it too.
+
+    Under autocast, say, the tensors launched are casts of those that the key describes.
+    """
+    return None if key is None or not is_plain((), half=False) else Keep(key, **what)
 
 
 def in_transform() -> bool:

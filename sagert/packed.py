@@ -13,7 +13,7 @@ from sagert import checks, ops, sdpa
 from sagert import fallback as fallback_module
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.options import Options
-from sagert.plans import PLANS, Keep, tensor_key
+from sagert.plans import PLANS, tensor_key
 from sagert.visibility import pattern
 
 Window = tuple[int | None, int | None]
@@ -91,7 +91,7 @@ def attention_varlen(
         if plan is not None:
             given = (q, k, v, cu_seqlens_q, cu_seqlens_k)
             if ops.is_plain(given if out is None else (*given, out), plan.half):
-                return plan.attend(given, out)  # type: ignore[no-any-return]
+                return plan.launch(given, out)  # type: ignore[no-any-return]
 
     q, k, v = autocast(q, q, k, v)
     checks.check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa)
@@ -133,7 +133,5 @@ def attention_varlen(
         seen.window_right, seen.bottom_right,
     )  # fmt: skip
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    result, lse = ops.call(
-        "attention_varlen", out, q, k, v, *lengths, *options, keep=None if key is None else Keep(key)
-    )
+    result, lse = ops.call("attention_varlen", out, q, k, v, *lengths, *options, keep=ops.keep(key))
     return (result, lse) if return_lse else result  # type: ignore[return-value]

@@ -16,14 +16,25 @@ from sagert.settings import SETTINGS
 
 _STRICT = SETTINGS.strict
 _VECTOR = 15  # low bits of an address that decide how a kernel may load
-_UNIT, _BYTE = (1,), torch.uint8
 _PLANS_MAX = 512  # per thread, of some 2 KB each
 
 _raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 increment_version: Any = getattr(getattr(torch.autograd, "graph", None), "increment_version", None)
 
-
 _empty_strided = torch.empty_strided
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", lambda: -1)  # no tensor is on device -1
+
+
+def _empty_on_current(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _empty_strided(shape, stride, dtype=dtype, device="cuda")
+
+
+# What the code that torch.compile makes allocates with: half of torch.empty_strided's cost, on the current device only.
+_guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_current: Any = getattr(_guards, "_empty_strided_cuda", _empty_on_current)
+# torch.cuda.caching_allocator_alloc without its choice of a device and a stream: a workspace need be no tensor.
+_allocate_current: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_alloc", None)
+_free: Any = getattr(torch._C, "_cuda_cudaCachingAllocator_raw_delete", None)
 
 
 def stream_of(index: int) -> int:
@@ -53,7 +64,10 @@ class Plan:
     alignment of the inputs: the plan's is for aligned ones, and the library is asked for others.
     """
 
-    __slots__ = ("address", "arguments", "device", "extents", "half", "index", "lse", "out", "run", "size", "words")
+    __slots__ = (
+        "address", "alone", "arguments", "details", "device", "extents", "half", "index", "lse", "memory", "out",
+        "place", "run", "size", "words",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -63,53 +77,75 @@ class Plan:
         out: Tensor,
         lse: Tensor | None,
         index: int,
+        *,
+        place: int = native.OUT,
+        run: str = "sagert_attention",
+        details: Any = None,
     ) -> None:
-        """`tensors` are the inputs and the words their addresses go to; `out` is in the caller's layout."""
-        self.arguments, self.size, self.index = arguments, size, index
-        self.address, self.words = arguments.address, tuple(word for word, _ in tensors)
-        self.device = out.device
-        self.half = out.dtype is torch.float16
-        self.out = (out.shape, out.stride(), out.dtype)
-        self.extents = tuple(_extent(tensor) for tensor in (out, *(tensor for _, tensor in tensors)))
-        self.lse = None if lse is None else (lse.shape, lse.stride())
-        self.run = native.library().sagert_attention
+        """`tensors` are the inputs and the words their addresses go to; `out` is in the caller's layout.
 
-    def attend(self, tensors: tuple[Tensor, ...], out: Tensor | None) -> Any:
+        Another entry point `run` writes what belongs in another `place`. `details` are the caller's own.
+        """
+        self.arguments, self.size, self.index = arguments, size, index
+        self.address, self.memory = arguments.address, arguments.words
+        self.words, self.place, self.details = tuple(word for word, _ in tensors), place, details
+        self.device = out.device
+        self.alone = out.is_cuda and torch.cuda.device_count() == 1
+        self.half = tensors[0][1].dtype is torch.float16
+        self.out = (tuple(out.shape), out.stride(), out.dtype)
+        self.extents = tuple(_extent(tensor) for tensor in (out, *(tensor for _, tensor in tensors)))
+        self.lse = None if lse is None else (tuple(lse.shape), lse.stride(), lse.dtype)
+        self.run = getattr(native.library(), run)
+
+    def empty(self, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the plan's device, whatever the current one."""
+        return _empty_strided(shape, stride, dtype=dtype, device=self.device)
+
+    def allocate(self, size: int, stream: int) -> int:
+        """Address of torch's memory on the plan's device, whatever the current one: for work on the stream."""
+        address: int = torch.cuda.caching_allocator_alloc(size, self.index, stream)
+        return address
+
+    def launch(self, tensors: tuple[Tensor, ...], out: Tensor | None = None) -> Any:
         """The call with other tensors of the same key; `out` too is of the key."""
-        memory = self.arguments.words
-        device = self.device
+        memory = self.memory
+        is_current = self.alone or _current_device() == self.index
+        empty = _empty_current if is_current else self.empty
         low_bits = 0
         for word, tensor in zip(self.words, tensors):  # noqa: B905 - equally long by the key; strict costs
             memory[word] = address = tensor.data_ptr()
             low_bits |= address
         if out is None:
-            shape, stride, dtype = self.out
-            out = _empty_strided(shape, stride, dtype=dtype, device=device)
-            memory[23] = out.data_ptr()  # native.OUT and so on, written out because this is the hot path
+            out = empty(*self.out)
+            memory[self.place] = out.data_ptr()
         else:
-            memory[23] = start = out.data_ptr()
+            memory[self.place] = start = out.data_ptr()
             end = start + self.extents[0]
-            for tensor, extent in zip(tensors, self.extents[1:]):  # noqa: B905
-                first = tensor.data_ptr()
+            for word, extent in zip(self.words, self.extents[1:]):  # noqa: B905
+                first = memory[word]
                 if first < end and start < first + extent:
                     raise InvalidArgumentError("out shares memory with an input: give it memory of its own")
             if increment_version is not None and not out.is_inference():
                 increment_version(out)
         lse = None
         if self.lse is not None:
-            shape, stride = self.lse
-            lse = _empty_strided(shape, stride, dtype=torch.float32, device=device)
-            memory[28] = lse.data_ptr()
+            lse = empty(*self.lse)
+            memory[28] = lse.data_ptr()  # native.LSE and so on, written out because this is the hot path
         size = workspace_size(self.arguments) if low_bits & _VECTOR else self.size
-        workspace = _empty_strided((size,), _UNIT, dtype=_BYTE, device=device)
-        memory[29] = workspace.data_ptr()
-        memory[30] = size
-        memory[31] = stream_of(self.index) if _raw_stream is None else _raw_stream(self.index)
-        status = self.run(self.address)
+        memory[31] = stream = stream_of(self.index) if _raw_stream is None else _raw_stream(self.index)
+        workspace = 0
+        try:
+            if size:
+                workspace = (_allocate_current if is_current else self.allocate)(size, stream)
+                memory[29], memory[30] = workspace, size
+            status = self.run(self.address)
+        finally:  # what the stream's later work is given, it gets after this call's kernels
+            if workspace:
+                _free(workspace)
         if status:
             raise native.error(status)
         if _STRICT:
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(self.device)
         return out if lse is None else (out, lse)
 
 
@@ -132,8 +168,19 @@ PLANS = _Plans()
 
 
 def tensor_key(tensor: Tensor) -> tuple[Any, ...]:
-    """What a plan's key holds of a tensor."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()
+    """What a plan's key holds of a tensor.
+
+    A contiguous tensor's strides follow from its shape, but for those of single-element dimensions, which mean nothing.
+    """
+    return tensor.shape, tensor.is_contiguous() or tensor.stride(), tensor.dtype, tensor.get_device()
+
+
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether a plan, which is made for tensors at aligned addresses, also is for these."""
+    low_bits = 0
+    for tensor in tensors:
+        low_bits |= tensor.data_ptr()
+    return not low_bits & _VECTOR
 
 
 class Keep(NamedTuple):
@@ -141,6 +188,7 @@ class Keep(NamedTuple):
 
     key: Any
     layout: str = "BHSD"
+    details: Any = None
 
     def plan(
         self,
@@ -148,17 +196,15 @@ class Keep(NamedTuple):
         size: int,
         tensors: tuple[tuple[int, Tensor | None], ...],
         out: Tensor,
-        lse: Tensor | None,
+        lse: Tensor | None = None,
+        **target: Any,
     ) -> None:
-        """Keeps a call that was just made, if its tensors are aligned, as most are."""
+        """Keeps a call that was just made, if its tensors are aligned, as most are. `target`: Plan's place and run."""
         given = tuple((word, tensor) for word, tensor in tensors if tensor is not None)
-        low_bits = 0
-        for _, tensor in given:
-            low_bits |= tensor.data_ptr()
-        if low_bits & _VECTOR:
+        if not is_aligned(*(tensor for _, tensor in given)):
             return
         plans = PLANS.by_key
         if len(plans) >= _PLANS_MAX:  # lengths that grow call by call leave plans that no call needs again
             plans.clear()
         made = out.transpose(1, 2) if self.layout == "BSHD" else out
-        plans[self.key] = Plan(arguments, size, given, made, lse, index_of(out))
+        plans[self.key] = Plan(arguments, size, given, made, lse, index_of(out), details=self.details, **target)

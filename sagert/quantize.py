@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+# Of V in the portable int8_int8: keys that share a scale, and the largest value; codes beyond mark what is not finite.
+V_BLOCK, V_MAX = 64, 126.0
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
@@ -41,7 +43,7 @@ def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
 def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     """INT8 values of finite k [N, Sk, D], held in fp32, and the scale of each key's group [N, Sk, 1].
 
-    A group is the 32 keys of a block of 128 that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
+    A group is the quarter of a block's keys that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
     """
     n, keys, d = k.shape
     padded = torch.nn.functional.pad(k, (0, 0, 0, -keys % block))

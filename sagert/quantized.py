@@ -13,6 +13,7 @@ from sagert import checks, cpu, launch, ops
 from sagert.calls import autocast, differentiated, obstacles, precision_of, refuse
 from sagert.codes import PRECISION_NAMES, dtype_code
 from sagert.kv import QuantizedKV
+from sagert.plans import PLANS, is_aligned, tensor_key
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _ALIGNED = 256  # the address of a tensor that is not there yet: torch allocates at such ones
@@ -76,6 +77,17 @@ def quantize_kv(
         InvalidArgumentError, UnsupportedError, NoDriverError, IntegrityError, CudaError, torch.OutOfMemoryError: as
         `attention` does.
     """
+    key: Any = None
+    given = (k, v)
+    if not torch.compiler.is_compiling():
+        try:  # as in attention()
+            key = ("quantize_kv", tensor_key(k), tensor_key(v), layout, precision, smooth_k, masked)
+            plan = PLANS.by_key.get(key)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            key = plan = None
+        if plan is not None and ops.is_plain(given, plan.half) and is_aligned(k, v):
+            return QuantizedKV(plan.launch(given), None, *plan.details)
+
     checks.check_layout(layout)
     k, v = autocast(k, k, v)
     checks.check_kv(k, v, layout)
@@ -89,6 +101,7 @@ def quantize_kv(
     smooth_k, masked = bool(smooth_k), bool(masked)
     k, v = launch.narrow(k, v)
     size, row, reads_v = _plan(k, v, code, smooth_k, masked, -1)
+    copied = reads_v or k.dtype != dtype  # a Plan makes no copies
     kept = None
     if reads_v:  # the caller may overwrite its V, and the plan depends on how V may be read
         v = v.clone(memory_format=torch.contiguous_format)
@@ -101,9 +114,11 @@ def quantize_kv(
     else:
         name = (_row_precision_traced if torch.compiler.is_compiling() else _row_precision)(row)
     code = precision_of(name)
+    b, h, s, d = k.shape
+    details = ((b, h, s, d), v.shape[3], dtype, name, row, smooth_k, masked)
     if ops.is_direct(k, v, v):
-        data = launch.quantize_kv(k, v, code, smooth_k, row, size)
+        keep = None if copied else ops.keep(key, details=details)
+        data = launch.quantize_kv(k, v, code, smooth_k, row, size, keep=keep)
     else:
         data = torch.ops.sagert.quantize_kv(k, v, code, smooth_k, row, size)
-    b, h, s, d = k.shape
-    return QuantizedKV(data, kept, (b, h, s, d), v.shape[3], dtype, name, row, smooth_k, masked)
+    return QuantizedKV(data, kept, *details)

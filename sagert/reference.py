@@ -18,6 +18,8 @@ from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
 from sagert.quantize import (
+    V_BLOCK,
+    V_MAX,
     decode_v_fp8,
     decode_v_int8,
     encode_v_fp8,
@@ -34,15 +36,14 @@ from sagert.visibility import Pattern, pattern, segments
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
-# The wgmma family moves a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
+# Tiled families move a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
 # and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
-WGMMA_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
-PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of the portable family, which CPU tensors run on
-RECIPES = {"portable": PRECISIONS, "wgmma": PRECISIONS}
+TILED_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
+PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
+TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off
+FAMILIES = ("portable", *TILED)  # CPU tensors run on the first
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
-BLOCK = 128
-V_BLOCK = 64  # keys that share a scale of V, and that P's largest byte is one of, in the portable int8_int8
-V_MAX = 126.0  # of its INT8 V: the codes beyond mark what is not finite
+BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 
 
 class Recipe(NamedTuple):
@@ -51,7 +52,7 @@ class Recipe(NamedTuple):
     precision: str
     smooth_k: bool = True
     family: str = "portable"
-    block_n: int = BLOCK
+    block_n: int = BLOCKS["portable"]
 
 
 class KeyValues(NamedTuple):
@@ -68,13 +69,13 @@ class KeyValues(NamedTuple):
 
 
 def _recipe(precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None) -> Recipe:
-    """A recipe that has a reference; ValueError for others. P in bytes fixes the blocks of keys it is scaled in."""
-    if precision not in RECIPES.get(family, ()):
-        known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
+    """A recipe that has a reference; ValueError for others. P in bytes fixes its blocks of keys."""
+    if precision not in PRECISIONS or family not in FAMILIES:
+        known = f"{', '.join(PRECISIONS)} in {', '.join(FAMILIES)}"
         raise ValueError(f"precision={precision!r} has no reference in family={family!r}: use one of {known}")
     if precision == "int8_int8":
-        block_n = BLOCK if family == "wgmma" else V_BLOCK
-    return Recipe(precision, smooth_k, family, BLOCK if block_n is None else block_n)
+        block_n = V_BLOCK if family == "portable" else None
+    return Recipe(precision, smooth_k, family, block_n or BLOCKS[family])
 
 
 def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -86,19 +87,22 @@ def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
 
 def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     """Quantizes k [N, Sk, D] and v [N, Sk, Dv] of some key heads."""
-    wgmma = recipe.family == "wgmma"
+    tiled = recipe.family in TILED
     kf, vf = k.float(), v.float()
     shift = k_shift(kf) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
-    k8, k_scale = quantize_key_groups(kf - shift) if wgmma else quantize_rows(kf - shift, math.inf)
+    if tiled:
+        k8, k_scale = quantize_key_groups(kf - shift, BLOCKS[recipe.family])
+    else:
+        k8, k_scale = quantize_rows(kf - shift, math.inf)
     nan = vf.isnan()
     positive, negative = nan | (vf == math.inf), nan | (vf == -math.inf)
-    mean = v_mean(vf) if wgmma and recipe.precision != "int8_fp16" else None
+    mean = v_mean(vf) if tiled and recipe.precision != "int8_fp16" else None
     if mean is not None:
         vf = vf - mean
     if recipe.precision == "int8_fp8":
         values, v_scale = quantize_v_fp8(vf)
     elif recipe.precision == "int8_int8":
-        values, v_scale = quantize_v_int8(vf, BLOCK) if wgmma else quantize_v_int8(vf, V_BLOCK, V_MAX, False)
+        values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if tiled else (V_MAX, False)))
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     return _with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None), positive, negative)
@@ -122,12 +126,11 @@ def attention(
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time, which int8_int8 does not leave open; attn_mask, window and
+    number of keys the online softmax takes at a time (None: the family's), fixed for int8_int8; attn_mask, window and
     causal_alignment as in `sagert.attention`. `family` is whose recipe to follow: "portable" scales K by rows, visiting
     keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits keys downwards
-    (K must be finite there). int8_int8 scales P by the row maximum of each block of keys, and V by block and channel.
-    Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no
-    reference.
+    (K must be finite there); "mma" too, with groups of 16 keys and blocks of 64. Returns (out [B, H, S, Dv] in q's
+    dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no reference.
     """
     recipe = _recipe(precision, smooth_k, family, block_n)
 
@@ -155,11 +158,10 @@ def _sections(
 ) -> list[tuple[Tensor, ...]]:
     """Views of quantize_kv's buffer per (batch, head): shift, k_scale, [v_scale,] k8[, v8], 4-byte ones first."""
     b, h, s, d = shape
+    quantized, codes = precision != "int8_fp16", torch.int8 if precision == "int8_int8" else torch.uint8
     sizes: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (d,)), (torch.float32, (s,))]
-    quantized = precision != "int8_fp16"
     sizes += [(torch.float32, (_v_scales(s, precision), head_dim_v))] if quantized else []
-    sizes += [(torch.int8, (s, d))]
-    sizes += [(torch.int8 if precision == "int8_int8" else torch.uint8, (s, head_dim_v))] if quantized else []
+    sizes += [(torch.int8, (s, d)), *([(codes, (s, head_dim_v))] if quantized else [])]
     views: list[Tensor] = []
     start = 0
     for dtype, size in sizes:
@@ -299,10 +301,10 @@ def _hidden(
 def quantize_queries(q: Tensor, scale: float, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """INT8 values of q [..., D], held in fp32, and the scale of each row [..., 1], with scale * log2(e) in it.
 
-    The portable family scales before it quantizes, the wgmma family after: what lies between two integers may differ.
+    The portable family scales before it quantizes, the tiled ones after: what lies between two integers may differ.
     """
     factor = torch.tensor(scale * LOG2E, dtype=torch.float32, device=q.device)
-    if recipe.family != "wgmma":
+    if recipe.family not in TILED:
         return quantize_rows(q.float() * factor, math.nan)
     values, row = quantize_rows(q.float(), math.nan)
     return torch.copysign(torch.ones_like(factor), factor) * values, row * factor.abs()
@@ -312,24 +314,24 @@ def _heads(
     q: Tensor, kv: KeyValues, s: int, mask: Tensor | None, seen: Pattern, scale: float, recipe: Recipe, io: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Some key heads: q [N, rows, D], mask [query heads, S, Sk]; fp32 out [N, rows, Dv] and lse [N, rows]."""
-    wgmma, block_n = recipe.family == "wgmma", recipe.block_n
+    tiled, block_n = recipe.family in TILED, recipe.block_n
     fp8, integer = recipe.precision == "int8_fp8", recipe.precision == "int8_int8"
     n, rows, _ = q.shape
     sk = kv.k.shape[1]
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     q8, q_scale = quantize_queries(q, scale, recipe)
     k_scale = kv.k_scale.transpose(1, 2)
-    p_scale, slack = WGMMA_LOG2_P[recipe.precision] if wgmma else (LOG2_448 if fp8 else 0.0, 0.0)
+    p_scale, slack = TILED_LOG2_P[recipe.precision] if tiled else (LOG2_448 if fp8 else 0.0, 0.0)
     position = torch.arange(s, device=q.device).repeat(rows // s)
 
     m = qf.new_full((n, rows, 1), -math.inf)
     total = torch.zeros_like(m)
-    rounded = torch.zeros_like(m)  # of int8_int8: the sum of its bytes
+    rounded = torch.zeros_like(m)  # the same of the weights that V is multiplied by
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
     starts = _starts(seen, s, sk, block_n)
-    for start in reversed(starts) if wgmma else starts:
+    for start in reversed(starts) if tiled else starts:
         keys = slice(start, min(start + block_n, sk))
         hidden, added = _hidden(seen, position, range(keys.start, keys.stop), s, sk, mask, n)
         # Products of int8 values summed over D stay below 2**24: exact in fp32.
@@ -359,17 +361,18 @@ def _heads(
         else:
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
-            if wgmma and fp8:
+            if recipe.family == "wgmma" and fp8:
                 in_half = is_half(position, range(keys.start, keys.stop), q.shape[2])
                 p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(io).float()
+            rounded = rounded * alpha + p.sum(-1, keepdim=True)
             acc = acc * alpha + p @ kv.v[:, keys]
         if kv.positive is not None and kv.negative is not None:
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / (rounded if integer else total)
+    out = acc / (rounded if integer or (fp8 and recipe.family == "wgmma") else total)
     if fp8:
         out = out * kv.v_scale
     if kv.v_mean is not None:
@@ -378,7 +381,7 @@ def _heads(
         # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
         out = torch.where(positive > 0, out + math.inf, out)
         out = torch.where(negative > 0, out - math.inf, out)
-    lse = m + torch.log2(total) - p_scale
+    lse = m + torch.log2(rounded if integer and recipe.family == "mma" else total) - p_scale
     lse = lse + (qf * kv.k_shift).sum(-1, keepdim=True)
     out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf)
     return out, (lse * LN2).squeeze(-1)

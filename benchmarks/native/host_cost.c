@@ -12,10 +12,14 @@ enum { kBatches = 41, kCalls = 2000 };
 
 static sagert_attention_args g_args;
 static uint64_t g_bytes;
+static sagert_attention_args g_kv_args; /* of quantizing K and V alone */
+static sagert_kv_info g_info;
 
 static int workspace_size(void) { return sagert_workspace_size(&g_args, &g_bytes); }
 static int attention(void) { return sagert_attention(&g_args); }
 static int both(void) { return workspace_size() | attention(); }
+static int kv_plan(void) { return sagert_kv_plan(&g_kv_args, &g_info); }
+static int quantize_kv(void) { return sagert_quantize_kv(&g_kv_args); }
 
 static int by_value(const void* a, const void* b) {
   const double x = *(const double*)a, y = *(const double*)b;
@@ -67,5 +71,13 @@ int main(int argc, char** argv) {
   measure("workspace_size", workspace_size);
   measure("attention", attention);
   measure("both", both);
+  g_kv_args = g_args;
+  g_kv_args.flags = SAGERT_FLAG_QUANTIZED_KV;
+  g_kv_args.kv = g_args.workspace;
+  g_info.struct_size = sizeof(g_info);
+  measure("kv_plan", kv_plan);
+  g_kv_args.row = g_info.row + 1;
+  g_kv_args.kv_size = g_info.bytes;
+  measure("quantize_kv", quantize_kv);
   return 0;
 }

@@ -13,65 +13,47 @@
 #include "../request.h"
 #include "../table.h"
 #include "common.h"
+#include "tiled.h"
 
 namespace sagert {
 namespace {
 
-constexpr int64_t kBlock = 128;                       // keys per block of quantized K and V
-constexpr int64_t kKeyGroups = 4;                     // of a block, each with a scale of its own
-constexpr int64_t kVectorElements = 8;                // what the kernels' vector path needs strides to be multiples of
-constexpr int64_t kSectionBytes = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
+using tiled::defect_of;
+using tiled::kHalf;
+using tiled::kWord;
+using tiled::Pv;
+
+constexpr int64_t kBlock = 128;         // keys per block of quantized K and V
+constexpr int64_t kVectorElements = 8;  // what a tensor map needs strides to be multiples of
 // The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
 constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
 constexpr int64_t kBlocksPerPart = 4;                // of keys, at least, where they are split
 constexpr int64_t kPartsMax = 32;
-constexpr int64_t kWord = 4;
-constexpr int64_t kHalf = 2;
-
-// How attention reads V.
-enum class Pv { kFp8, kInt8, kIo };
 
 // What the signatures of a variant's kernels say.
 struct Traits {
   Pv pv = Pv::kFp8;
   bool can_split = false;  // the keys, for combine to join the parts
+  bool lse_apart = false;  // calls that want the LSE have a kernel of their own
   std::string defect;      // not empty: the build and this file disagree
 };
 
 // Everything the kernels are told, worked out once per call.
-struct Plan : Operands {
-  const sagert_attention_args* args = nullptr;
-  Pv pv = Pv::kFp8;
-  int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0, parts = 1;
-  bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
-  // Offsets into memory.kv and, the second line, memory.call.
-  int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
-  int64_t part_out = 0, part_lse = 0;
-  Memory memory;
+struct Plan : tiled::Plan {
+  int64_t parts = 1;                   // of the keys of every tile
+  int64_t part_out = 0, part_lse = 0;  // offsets into memory.call
   CUtensorMap v_map{};
 };
 
 void place_buffers(Plan& plan) {
-  int64_t d = plan.padded_head_dim;
-  int64_t heads = plan.heads_kv_total;
-  int64_t blocks = heads * plan.blocks;
-  bool quantized_v = plan.pv != Pv::kIo;
   Layout kv;
   Layout call;
-  plan.k8 = kv.reserve(true, blocks * kBlock * d);
-  plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
-  plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
-  plan.k_shift = kv.reserve(true, heads * d * kWord);
-  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * kBlock * d * (quantized_v ? 1 : kHalf));
-  plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
-  plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);
-  plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);
-  plan.head_flags = kv.reserve(true, heads * 2 * kWord);
+  reserve_quantized(plan, kv);
   const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
-  plan.part_out = call.reserve(plan.parts > 1, plan.parts * rows * d * kWord);
-  plan.part_lse = call.reserve(plan.parts > 1, (plan.parts + 1) * rows * kWord);
+  plan.part_out = call.reserve(plan.parts > 1, plan.parts * rows * plan.padded_head_dim * kWord);
+  plan.part_lse = call.reserve(plan.parts > 1, (2 * plan.parts + 1) * rows * kWord);
   plan.memory = memory_of(*plan.args, kv, call);
 }
 
@@ -79,14 +61,6 @@ void place_buffers(Plan& plan) {
 bool is_mappable(const sagert_tensor& v, const Strides& strides) {
   auto fits = [](int64_t stride) { return stride >= 0 && stride < kMapStrideMax / kHalf; };
   return has_aligned_rows(v, strides, kVectorElements) && fits(strides.b) && fits(strides.h) && fits(strides.s);
-}
-
-// Query heads whose keys and values stay in L2 together, whole groups of them.
-int64_t section_of(const Plan& plan) {
-  int64_t bytes_per_head = plan.blocks * kBlock * plan.padded_head_dim * (plan.pv == Pv::kIo ? 1 + kHalf : 2);
-  int64_t heads_kv = std::max(kSectionBytes / bytes_per_head, int64_t{1});
-  int64_t group = plan.args->heads_q / plan.args->heads_kv;
-  return std::min(heads_kv * group, plan.heads_q_total);
 }
 
 // Into how many parts the keys of every tile go: where the tiles are no more than half the multiprocessors, as many as
@@ -103,33 +77,13 @@ int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
 Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
                const Traits& traits) {
   Plan plan;
-  plan.args = &args;
-  plan.pv = traits.pv;
-  int64_t d = plan.padded_head_dim = variant.head_dim;
-  // Without keys one block of padding is still quantized, so that attention finds defined scales.
-  plan.blocks = std::max(ceil_div(args.seqlen_k, kBlock), int64_t{1});
-  plan.heads_kv_total = args.batch * args.heads_kv;
-  plan.heads_q_total = args.batch * args.heads_q;
   const int64_t tile = kKernels[variant.kernels[kAttention]].tile;
-  plan.tiles = ceil_div(args.seqlen_q, tile);
+  begin_plan(plan, device, args, variant, traits.pv, kBlock, tile);
   if (traits.can_split) plan.parts = parts_of(plan, device, tile);
-  plan.section = section_of(plan);
-
-  static_cast<Operands&>(plan) = operands_of(args, d, kVectorElements);
-
-  plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
-  plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
-  bool direct_v = plan.pv == Pv::kIo && args.v.data != nullptr && args.seqlen_k > 0 && is_mappable(args.v, plan.v);
-  plan.copy_v = plan.pv == Pv::kIo && !direct_v;
-  // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are.
-  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0 || has_quantized_kv(args);
-  plan.v_jobs = plan.v_stats || plan.copy_v;
+  plan_v(plan, is_mappable(args.v, plan.v));
   place_buffers(plan);
   return plan;
 }
-
-const void* kv_at(const Plan& plan, int64_t offset) { return plan.memory.in_kv(offset); }
-const void* call_at(const Plan& plan, int64_t offset) { return plan.memory.in_call(offset); }
 
 // What the map of V is made of: the caller's tensor as attention reads it, or the padded copy.
 struct MapKey {
@@ -149,7 +103,7 @@ MapKey v_map_key(const Plan& plan) {
     keys = plan.blocks * kBlock;
     channels = plan.padded_head_dim;
     strides = {args.heads_kv * keys * channels, keys * channels, channels, 1};
-    data = kv_at(plan, plan.v8);
+    data = plan.kv_at(plan.v8);
   }
   return {data,
           {u64(channels), u64(keys), u64(args.heads_kv), u64(args.batch)},
@@ -196,77 +150,31 @@ int64_t prepass_cluster(const Device& device, const KernelEntry& kernel, const P
 
 template <typename Sink>
 void pass_quantize_kv(Sink& sink, const Plan& plan) {
-  const sagert_attention_args& args = *plan.args;
-  sink.pointer("K", args.k.data);
-  sink.pointer("V", args.v.data);
-  sink.pointer("K8", kv_at(plan, plan.k8));
-  sink.pointer("KScale", kv_at(plan, plan.k_scale));
-  sink.pointer("KBad", kv_at(plan, plan.k_bad));
-  sink.pointer("KShift", kv_at(plan, plan.k_shift));
-  sink.pointer("V8", kv_at(plan, plan.v8));
-  sink.pointer("VScale", kv_at(plan, plan.v_scale));
-  sink.pointer("VMean", kv_at(plan, plan.v_mean));
-  sink.pointer("VFirst", kv_at(plan, plan.v_first));
-  sink.pointer("HeadFlags", kv_at(plan, plan.head_flags));
-  sink.i32("seqlen_k", narrow(args.seqlen_k));
-  sink.i32("blocks", narrow(plan.blocks));
-  sink.i32("heads_kv", narrow(args.heads_kv));
-  sink.i32("head_dim", narrow(args.head_dim));
-  sink.i32("head_dim_v", narrow(args.head_dim_v));
-  sink.i32("smooth_k", plan.smooth_k);
-  sink.i32("v_jobs", plan.v_jobs);
-  sink.i32("copy_v", plan.copy_v);
-  sink.i32("v_stats", plan.v_stats);
-  pass_strides(sink, kKStrides, plan.k);
-  pass_strides(sink, kVStrides, plan.v);
-  sink.i32("k_vec", plan.k_vec);
-  sink.i32("v_vec", plan.v_vec);
+  sink.pointer("K", plan.args->k.data);
+  sink.pointer("V", plan.args->v.data);
+  pass_quantized(sink, plan);
+  pass_kv_strides(sink, plan);
 }
 
 template <typename Sink>
 void pass_attention(Sink& sink, const Plan& plan) {
-  const sagert_attention_args& args = *plan.args;
-  sink.pointer("Q", args.q.data);
-  sink.pointer("K8", kv_at(plan, plan.k8));
-  sink.pointer("KScale", kv_at(plan, plan.k_scale));
-  sink.pointer("KBad", kv_at(plan, plan.k_bad));
-  sink.pointer("KShift", kv_at(plan, plan.k_shift));
+  pass_queries_and_keys(sink, plan);
   if (plan.pv == Pv::kIo) {
     sink.tensormap("VMap", plan.v_map);
   } else {
-    sink.pointer("V8", kv_at(plan, plan.v8));
+    sink.pointer("V8", plan.kv_at(plan.v8));
   }
-  sink.pointer("VScale", kv_at(plan, plan.v_scale));
-  sink.pointer("VMean", kv_at(plan, plan.v_mean));
-  sink.pointer("VFirst", kv_at(plan, plan.v_first));
-  sink.pointer("HeadFlags", kv_at(plan, plan.head_flags));
-  sink.pointer("Out", args.out.data);
-  sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
-  sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
-  sink.i32("seqlen_q", narrow(args.seqlen_q));
-  sink.i32("seqlen_k", narrow(args.seqlen_k));
-  sink.i32("blocks", narrow(plan.blocks));
-  sink.i32("heads_q", narrow(args.heads_q));
-  sink.i32("group", narrow(args.heads_q / args.heads_kv));
-  sink.i32("head_dim", narrow(args.head_dim));
-  sink.i32("head_dim_v", narrow(args.head_dim_v));
-  sink.i32("tiles", narrow(plan.tiles));
-  sink.i32("heads_total", narrow(plan.heads_q_total));
-  sink.i32("section", narrow(plan.section));
-  pass_strides(sink, kQStrides, plan.q);
-  pass_strides(sink, kOutStrides, plan.out);
-  sink.i32("q_vec", plan.q_vec);
-  sink.i32("o_vec", plan.out_vec);
-  sink.i32("write_lse", plan.write_lse);
-  sink.pointer("PartOut", call_at(plan, plan.part_out));
-  sink.pointer("PartLse", call_at(plan, plan.part_lse));
+  pass_results_and_sizes(sink, plan);
+  pass_query_strides(sink, plan);
+  sink.pointer("PartOut", plan.call_at(plan.part_out));
+  sink.pointer("PartLse", plan.call_at(plan.part_lse));
 }
 
 template <typename Sink>
 void pass_combine(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
-  sink.pointer("PartOut", call_at(plan, plan.part_out));
-  sink.pointer("PartLse", call_at(plan, plan.part_lse));
+  sink.pointer("PartOut", plan.call_at(plan.part_out));
+  sink.pointer("PartLse", plan.call_at(plan.part_lse));
   sink.pointer("Out", args.out.data);
   sink.pointer("Lse", plan.write_lse ? args.lse : args.workspace);
   sink.i32("seqlen_q", narrow(args.seqlen_q));
@@ -279,21 +187,6 @@ void pass_combine(Sink& sink, const Plan& plan) {
   sink.i32("write_lse", plan.write_lse);
 }
 
-// What is wrong with a kernel's signature; empty when nothing is.
-std::string defect_of(const KernelEntry& entry, const ParameterList& list) {
-  if (!matches_signature(list.text(), entry.signature)) {
-    return concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
-  }
-  return "";
-}
-
-std::string defect_of(const KernelEntry& entry, const ParameterList& list, Pv pv) {
-  if (pv != Pv::kIo && pointee(entry.signature, "VScale") != (pv == Pv::kInt8 ? "bf16" : "fp32")) {
-    return concat("kernel ", entry.file, " has scales of V in ", pointee(entry.signature, "VScale"));
-  }
-  return defect_of(entry, list);
-}
-
 Traits read_traits(const VariantEntry& variant) {
   Traits traits;
   if (variant.kernels[kQuantizeKv] < 0 || variant.kernels[kAttention] < 0 || variant.kernels[kKvStats] >= 0 ||
@@ -304,8 +197,7 @@ Traits read_traits(const VariantEntry& variant) {
   }
   const KernelEntry& quantize = kKernels[variant.kernels[kQuantizeKv]];
   const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
-  std::string v = pointee(quantize.signature, "V8");
-  traits.pv = v == "fp8e4nv" ? Pv::kFp8 : v == "i8" ? Pv::kInt8 : Pv::kIo;
+  traits.pv = tiled::pv_of(quantize, "V8");
   traits.can_split = variant.kernels[kCombine] >= 0;
   sagert_attention_args args{};
   args.heads_q = args.heads_kv = 1;
@@ -321,6 +213,15 @@ Traits read_traits(const VariantEntry& variant) {
   if (traits.defect.empty() && (quantize.tile != kBlock || attention.tile <= 0)) {
     traits.defect = concat("kernels ", quantize.file, " and ", attention.file, " have tiles ", quantize.tile, " and ",
                            attention.tile);
+  }
+  traits.lse_apart = variant.kernels[kAttentionLse] >= 0;
+  if (traits.lse_apart && traits.defect.empty()) {
+    const KernelEntry& other = kKernels[variant.kernels[kAttentionLse]];
+    traits.defect = defect_of(other, attention_list, traits.pv);
+    if (traits.defect.empty() && other.tile != attention.tile) {
+      traits.defect =
+          concat("kernels ", attention.file, " and ", other.file, " have tiles ", attention.tile, " and ", other.tile);
+    }
   }
   if (traits.can_split && traits.defect.empty()) {
     const KernelEntry& combine = kKernels[variant.kernels[kCombine]];
@@ -359,7 +260,9 @@ class Wgmma : public Family {
     bool attend = (phase & kAttend) != 0;
     // Everything is made ready before the first launch: a failure leaves nothing half done.
     CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
-    CUkernel attention = attend ? ready_kernel(driver, device, entry.kernels[kAttention]) : nullptr;
+    const int32_t attention_index =
+        entry.kernels[traits(variant).lse_apart && plan.write_lse ? kAttentionLse : kAttention];
+    CUkernel attention = attend ? ready_kernel(driver, device, attention_index) : nullptr;
     bool split = attend && plan.parts > 1;
     CUkernel combine = split ? ready_kernel(driver, device, entry.kernels[kCombine]) : nullptr;
     if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
@@ -372,7 +275,7 @@ class Wgmma : public Family {
       launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
     }
     if (attend) {
-      const KernelEntry& kernel = kKernels[entry.kernels[kAttention]];
+      const KernelEntry& kernel = kKernels[attention_index];
       KernelParameters parameters;
       pass_attention(parameters, plan);
       int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);

@@ -3,8 +3,9 @@
 // 2307.08691). P V is with wgmma too: of V in FP8 with P in e4m3 and the factor 448 in its exponent (SageAttention2,
 // arXiv 2411.10958); of V in 16 bits, as the caller has it, with P in the same type; of V in INT8 in integers.
 //
-// A block is one producer warpgroup, of which one thread works, and consumer warpgroups of 64 queries each; it stays
-// for many tiles. Three consumers take one block of keys after the other, and one computes while the others wait for
+// A block is one producer warpgroup and consumer warpgroups of 64 queries each; it stays for many tiles. Of the
+// producer's warps one feeds keys and values (producer.cuh), the others go ahead of a consumer each and see to its next
+// queries (scout.cuh). Three consumers take one block of keys after the other, and one computes while the others wait for
 // the tensor core (consumer.cuh). The integers of INT8 V take the registers of the third: two consumers overlap P V
 // with the next block's exponentials (consumer_int8.cuh). With few tiles combine.cu joins what attention made of parts
 // of the keys. docs/performance/sm90.md has the budget and the measurements.
@@ -15,7 +16,7 @@
 #endif
 #include "producer.cuh"
 #include "ptx/pdl.cuh"
-#include "ptx/registers.cuh"
+#include "scout.cuh"
 
 static_assert(sizeof(sagert::Shared) + 1023 <= SHARED_BYTES, "the manifest gives the block too little shared memory");
 
@@ -56,21 +57,28 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
       mbarrier_init(shared_address(&s.full_v[i]), 1);
       mbarrier_init(shared_address(&s.empty_v[i]), kConsumerWarps);
     }
+    for (int i = 0; i < kGroups; ++i) {
+      mbarrier_init(shared_address(&s.full_q[i]), kScoutArrivals);
+      mbarrier_init(shared_address(&s.empty_q[i]), 4);
+    }
     mbarrier_init_fence();
   }
+  write_ones(s);
   __syncthreads();
   if (is_split()) launch_dependents();
   if (threadIdx.x < 128) {
     release_registers<kProducerRegisters>();
+    const int warp = uniform(threadIdx.x / 32);
     if (threadIdx.x == 0) {
       wait_for_prerequisites();
       feed_keys(p, s);
+    } else if (warp > 0 && warp <= kGroups) {
+      scout(p, s, warp - 1);
     }
   } else {
     claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
-    consumer.prefetch(blockIdx.x);
-    wait_for_prerequisites();  // queries do not come from the pre-pass
-    for_each_tile(p, [&](int index) { consumer.attend(index); });
+    wait_for_prerequisites();
+    for_each_tile(p, [&](int, int turn) { consumer.attend(turn); });
   }
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Joins what attention computed of split keys ("flash decoding"): a query's output is the mean of its parts' outputs,
-// weighted by the parts' sums of exponentials. Parts are added in their order: the same bits every time.
+// weighted by the parts' sums of P. Parts are added in their order: the same bits every time.
 //
-// PartOut [parts, B * H, S, HEAD_DIM]. PartLse [parts + 1, B * H, S]: log2 of the parts' sums, then what K's shift adds
-// to all of them.
+// PartOut [parts, B * H, S, HEAD_DIM]. PartLse [2 parts + 1, B * H, S], in units of log2: the parts' sums of P, their
+// sums of exponentials, which P may be a rounding of, and what K's shift adds to all of them.
 #include "ptx/pdl.cuh"
 #include "quantize.cuh"
 
@@ -29,18 +29,18 @@ extern "C" __global__ void __launch_bounds__(sagert::kLanes* sagert::kQueries)
   const int row = blockIdx.x * kQueries + threadIdx.x / kLanes;
   if (row >= rows) return;
   const int lane = threadIdx.x % kLanes;
-  const float* lse = PartLse + row;
+  auto part_lse = [&](int i) { return PartLse[int64_t{i} * rows + row]; };
 
   float top = kLowest;
 #pragma unroll 4
-  for (int i = 0; i < parts; ++i) top = fmaxf(top, lse[int64_t{i} * rows]);
+  for (int i = 0; i < parts; ++i) top = fmaxf(top, part_lse(i));
 
   float sum = 0.f;
   float out[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
   for (int i = 0; i < parts; ++i) {
     const float4 x = reinterpret_cast<const float4*>(PartOut)[(int64_t{i} * rows + row) * kLanes + lane];
-    const float part = lse[int64_t{i} * rows];
+    const float part = part_lse(i);
     if (part == -infinity()) continue;  // saw no key, or none with a weight: its output is undefined
     const float weight = ptx::exp2_approx(part - top);
     sum += weight;
@@ -52,7 +52,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kLanes* sagert::kQueries)
   const float inverse = 1.f / sum;  // no key with a weight at all: 0 times infinity, NaN, as without parts
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] *= inverse;
-  if (write_lse && lane == 0) Lse[row] = kLn2 * (__log2f(sum) + top + lse[int64_t{parts} * rows]);
+  if (write_lse && lane == 0) {
+    float total = 0.f;
+    for (int i = parts; i < 2 * parts; ++i) total += ptx::exp2_approx(part_lse(i) - top);
+    Lse[row] = kLn2 * (__log2f(total) + top + part_lse(2 * parts));
+  }
 
   const int head = row / seqlen_q;
   uint16_t* place = Out + head / heads_q * o_sb + head % heads_q * o_sh + row % seqlen_q * o_ss;

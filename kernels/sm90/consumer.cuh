@@ -14,6 +14,9 @@ namespace sagert {
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
+// O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
+// the sum needs the exponentials themselves, which takes one addition for each.
+constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
 // Parts of a block: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1;
 
@@ -32,23 +35,24 @@ struct Consumer : ConsumerBase {
   Scores scores;  // integers, then the exponentials' bits, then, in the first registers, P
   float b[2];     // exponents are c * score + b: -b is the maximum that the sums and O refer to
   float q_scale[2];
-  float sum[4];          // of the exponentials, two for each row
-  uint32_t pair_sum[2];  // of those in fp16, in one block
+  float sum[4];          // kExactSums: of the exponentials, two for each row
+  uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
   using ConsumerBase::ConsumerBase;
 
   template <int first, int last>
   __device__ __forceinline__ void issue_pv() {
     const uint32_t* weights = reinterpret_cast<uint32_t*>(scores);
+    const uint64_t b = operand_behind(v_operand, v.stage * kVStageBytes);
     wgmma_fence();
     if constexpr (kV == V::kIo) {
-      uint64_t v8 = descriptor_io(shared_address(s.v[v.stage]));
 #pragma unroll
-      for (int i = first / 16; i < last / 16; ++i) wgmma_io(o, weights + 4 * i, v8 + i * (16 * kMapWidth * 2 >> 4));
+      for (int i = first / 16; i < last / 16; ++i) {
+        wgmma_io(o, weights + 4 * i, operand_behind(b, 16 * kMapWidth * 2 * i));
+      }
     } else {
-      uint64_t v8 = descriptor<kBlock>(shared_address(s.v[v.stage]));
 #pragma unroll
-      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(o, weights + 4 * i, v8 + 2 * i);
+      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
     }
     wgmma_commit();
   }
@@ -75,6 +79,7 @@ struct Consumer : ConsumerBase {
     const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
+    l[r] *= alpha;
     sum[2 * r] *= alpha;
     sum[2 * r + 1] *= alpha;
 #pragma unroll
@@ -82,12 +87,12 @@ struct Consumer : ConsumerBase {
   }
 
   // The same for a block with masks.
-  __device__ __forceinline__ void reduce_masked(float (&c)[2], float k_scale, int block, const Tile& tile, bool k_bad) {
-    const uint32_t bad = bad_keys(tile, block, k_bad);
+  __device__ __forceinline__ void reduce_masked(float (&c)[2], float k_scale, int block) {
+    const uint32_t bad = bad_keys(block);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool undefined;
-      const int top = mask_row(scores, r, tile, block, bad, undefined);
+      const int top = mask_row(scores, r, block, bad, undefined);
       c[r] = q_scale[r] * k_scale;
       advance_maximum(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
       // The exponent of a masked score must vanish beside b: with a tiny scale the scores move to a coarser one, whose
@@ -116,18 +121,18 @@ struct Consumer : ConsumerBase {
       const int r = i / 2 % 2;
       if (is_polynomial(i / 2)) {
         const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
-        pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
+        if constexpr (kExactSums) pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
         scores[i] = static_cast<int32_t>(e);
         continue;
       }
 #pragma unroll
       for (int n = i; n < i + 2; ++n) {
         const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
-        sum[n % 4] += e;
+        if constexpr (kExactSums) sum[n % 4] += e;
         scores[n] = __float_as_int(e);
       }
     }
-    if constexpr (kPolynomialPairs != 0 && last == kBlock / 2) {
+    if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
       sum[0] += half2_sum(pair_sum[0]);
       sum[2] += half2_sum(pair_sum[1]);
     }
@@ -189,11 +194,22 @@ struct Consumer : ConsumerBase {
     if constexpr (part + 1 < kParts) weigh<part + 1>(c);
   }
 
+  // A block's sums of P stand behind its O. They are positive: in the tensor core's accumulator, which drops low bits,
+  // the sum over many blocks would fall short.
+  __device__ __forceinline__ void take_sums() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
+#pragma unroll
+    for (int i = 0; i < kOnes / 2; ++i) o[kHeadDim / 2 + i] = 0.f;
+  }
+
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
   // the keys; with keys that are not finite every block is masked.
-  __device__ __forceinline__ void attend_blocks(const Tile& tile, int end, int masked, bool k_bad) {
+  __device__ __forceinline__ void attend_blocks() {
+    int masked = uniform(task().masked);
+    const int begin = uniform(task().begin);
 #pragma unroll 1
-    for (int block = end - 1; block >= tile.begin; --block) {
+    for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
       const float k_scale = next_k_scale();
       issue_qk(scores, false);
       wgmma_wait<0>();
@@ -202,8 +218,8 @@ struct Consumer : ConsumerBase {
       float c[2];
       if (masked > 0) {
         --masked;
-        reduce_masked(c, k_scale, block, tile, k_bad);
-        if (kV == V::kIo && kCausal && is_bad(tile, 1)) clear_nonfinite();
+        reduce_masked(c, k_scale, block);
+        if (kV == V::kIo && kCausal && task().v_bad) clear_nonfinite();
       } else {
         reduce(c, k_scale);
       }
@@ -211,23 +227,25 @@ struct Consumer : ConsumerBase {
       wgmma_wait<0>();
       pin(o);
       pin_first<kWeights>(scores);
+      if constexpr (kOnes != 0) take_sums();
       release_v();
     }
   }
 
-  __device__ __forceinline__ void attend(int index) {
-    const Tile tile = tile_at(p, index);
-    begin(tile, index);
+  __device__ __forceinline__ void attend(int turn) {
+    begin(turn);
     for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
     sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-    const bool k_bad = is_bad(tile, 0);
-    const int end = end_of_warpgroup(tile);
-    for (int block = tile.end; block > end; --block) skip_block();
-    attend_blocks(tile, end, masked_blocks(tile, end, k_bad), k_bad);
-    l[0] = sum[0] + sum[1];
-    l[1] = sum[2] + sum[3];
-    write(index, {-b[0], -b[1]});
+    for (int i = uniform(task().skipped); i > 0; --i) skip_block();
+    attend_blocks();
+    float total[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] = kExactSums ? row_sum(sum[2 * r] + sum[2 * r + 1]) : l[r];
+      if constexpr (kOnes == 0) l[r] = total[r];
+    }
+    write({-b[0], -b[1]}, total);
   }
 };
 

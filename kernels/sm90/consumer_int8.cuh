@@ -34,6 +34,10 @@ struct Consumer : ConsumerBase {
 
   using ConsumerBase::ConsumerBase;
 
+  // This thread's part of a row's sum of exponentials before they are bytes, in shared memory for want of registers. l
+  // is the sum of the bytes, which is what V is multiplied by.
+  __device__ __forceinline__ float& exact_sum(int r) { return s.exact_sums[r][thread_index() - 128]; }
+
   // Takes the next block of V, which then is the one before.
   __device__ __forceinline__ void take_v(bool ready) {
     if (!ready) mbarrier_wait(full_v(), v.parity);
@@ -42,24 +46,22 @@ struct Consumer : ConsumerBase {
   }
 
   // Gives back the block of V before the present one, the last one of the tile before included.
-  __device__ __forceinline__ void give_back_v() {
-    if (leader()) mbarrier_arrive(shared_address(&s.empty_v[v_last]));
-  }
+  __device__ __forceinline__ void give_back_v() { mbarrier_arrive_once(shared_address(&s.empty_v[v_last])); }
 
   // P V of the block taken last.
   __device__ __forceinline__ void issue_pv() {
-    uint64_t b = descriptor<kBlock>(shared_address(s.v[v_last]));
+    const uint64_t b = operand_behind(v_operand, v_last * kVStageBytes);
     wgmma_fence();
     const uint32_t* a = reinterpret_cast<const uint32_t*>(weights);
     wgmma_u8s8<0>(products, a, b);
 #pragma unroll
-    for (int i = 1; i < kBlock / 32; ++i) wgmma_u8s8<1>(products, a + 4 * i, b + 2 * i);
+    for (int i = 1; i < kBlock / 32; ++i) wgmma_u8s8<1>(products, a + 4 * i, operand_behind(b, 32 * i));
     wgmma_commit();
   }
 
   // Scales of V in a block, a pair of channels in each word; this thread's are every fourth vector from `quad` on.
-  __device__ __forceinline__ const uint4* v_scales_at(const Tile& tile, int block) {
-    const int64_t index = static_cast<int64_t>(tile.head / p.group) * p.blocks + block;
+  __device__ __forceinline__ const uint4* v_scales_at(int block) {
+    const int64_t index = static_cast<int64_t>(task().head_kv) * p.blocks + block;
     return reinterpret_cast<const uint4*>(p.v_scale + index * kHeadDim);
   }
 
@@ -107,13 +109,12 @@ struct Consumer : ConsumerBase {
   }
 
   // The same for a block with masks.
-  __device__ __forceinline__ void reduce_masked(Scaling& z, float k_scale, float (&next_weight)[2], const Tile& tile,
-                                                int block, bool k_bad) {
-    const uint32_t bad = bad_keys(tile, block, k_bad);
+  __device__ __forceinline__ void reduce_masked(Scaling& z, float k_scale, float (&next_weight)[2], int block) {
+    const uint32_t bad = bad_keys(block);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool undefined;
-      int top = mask_row(scores, r, tile, block, bad, undefined);
+      int top = mask_row(scores, r, block, bad, undefined);
       float c = row_scale(r, k_scale);
       const bool unseen = top == kMasked;
       if (unseen) top = 0;  // masked scores stay far below it
@@ -161,34 +162,33 @@ struct Consumer : ConsumerBase {
     if (__any_sync(~0u, sum[0] + sum[1] > 255 * kBlock)) __nanosleep(1);
   }
 
-  __device__ __forceinline__ void attend(int index) {
-    const Tile tile = tile_at(p, index);
-    begin(tile, index);
+  __device__ __forceinline__ void attend(int turn) {
+    begin(turn);
     // The first step takes P = 0 with whatever block of V came before.
 #pragma unroll
     for (int i = 0; i < kBlock / 8; ++i) weights[i] = 0;
     maximum[0] = maximum[1] = kLowest;
     exact_sum(0) = exact_sum(1) = 0.f;
     weight[0] = weight[1] = 0.f;
-    const bool k_bad = is_bad(tile, 0);
-    const int masked = tile.end - masked_blocks(tile, tile.end, k_bad);
+    const int begin = uniform(task().begin), end = uniform(task().end);
+    const int masked = end - static_cast<int>(uniform(task().masked));
     bool ready_k = false, ready_v = false;
 #pragma unroll 1
-    for (int block = tile.end - 1; block >= tile.begin; --block) {
+    for (int block = end - 1; block >= begin; --block) {
       const float k_scale = next_k_scale();
       issue_qk(scores, ready_k);
-      if (block < tile.end - 1) take_v(ready_v);
+      if (block < end - 1) take_v(ready_v);
       issue_pv();
       wgmma_wait<1>();
       pin(scores);
       release_k();
       // To L1, without registers: they are read when P V is there.
-      const uint4* v_scales = v_scales_at(tile, min(block + 1, tile.end - 1));
+      const uint4* v_scales = v_scales_at(min(block + 1, end - 1));
       prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
       Scaling z;
       float next_weight[2];
       if (block >= masked) {
-        reduce_masked(z, k_scale, next_weight, tile, block, k_bad);
+        reduce_masked(z, k_scale, next_weight, block);
       } else {
         reduce(z, k_scale, next_weight);
       }
@@ -196,7 +196,7 @@ struct Consumer : ConsumerBase {
       weight[0] *= z.alpha[0];
       weight[1] *= z.alpha[1];
       uint32_t sum[2] = {0, 0};
-      if (wants_lse()) {
+      if (p.write_lse) {
         exponentiate<true>(z, next_weight, sum);
       } else {
         exponentiate<false>(z, next_weight, sum);
@@ -216,15 +216,21 @@ struct Consumer : ConsumerBase {
 #pragma unroll
       for (int i = 0; i < kBlock / 8; ++i) weights[i] = scores[i];
     }
-    if (tile.end > tile.begin) {
+    if (end > begin) {
       take_v(ready_v);
       issue_pv();
       wgmma_wait<0>();
       pin(products);
       pin(weights);
-      add_products(v_scales_at(tile, tile.begin), {1.f, 1.f});
+      add_products(v_scales_at(begin), {1.f, 1.f});
     }
-    write(index, maximum);
+    float total[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      l[r] = row_sum(l[r]);
+      total[r] = p.write_lse ? row_sum(exact_sum(r)) : l[r];
+    }
+    write(maximum, total);
   }
 };
 

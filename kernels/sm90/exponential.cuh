@@ -8,8 +8,8 @@
 namespace sagert {
 
 // Of a thread's 32 pairs in a block of keys, those computed here: a bit each. Pair 2 j + r has keys 8 j + 2 quad +
-// {0, 1} and row r. With a quarter to a third of them neither pipe waits for the other.
-constexpr uint32_t kPolynomialPairs = kV != V::kFp8 ? 0 : kHeadDim == 64 ? 0x48a448a4u : 0x48484848u;
+// {0, 1} and row r. With a fifth to a quarter of them neither pipe waits for the other.
+constexpr uint32_t kPolynomialPairs = kV != V::kFp8 ? 0 : kHeadDim == 64 ? 0x48484848u : 0x08421084u;
 constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
 // Is it the first of its row?
 constexpr bool is_first_polynomial(int pair) {

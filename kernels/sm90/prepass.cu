@@ -52,67 +52,6 @@ struct TileWriter {
   }
 };
 
-// A warp quantizes 16 keys of one scale group: keys 8 j + 2 group + parity, for 8 values of j. Load i of lane l is row
-// i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2.
-constexpr int kKRows = 32 / kChunks;  // rows per load of a warp
-constexpr int kKLoads = 16 / kKRows;
-constexpr int kKStep = 4 * kKRows;  // rows from one load to the next, a multiple of the swizzle's period
-
-struct KTile {
-  uint32_t x[kKLoads][4];
-
-  static __device__ __forceinline__ int first_row() {
-    int warp = threadIdx.x / 32, r = threadIdx.x % 32 / kChunks;
-    return 8 * (warp / kKGroups * 8 + r / 2) + 2 * (warp % kKGroups) + r % 2;
-  }
-  __device__ __forceinline__ void load(const Input& in, int row) {
-    load_rows(x, in, row, kKStep, 8 * (threadIdx.x % kChunks));
-  }
-};
-
-// Rows of a thread that are not quantized as they are: bit i for load i.
-struct SpecialRows {
-  uint32_t zero = 0, infinite = 0;
-};
-
-__device__ __forceinline__ float row_value(const uint32_t (&x)[4], int i) {
-  return i % 2 ? high_io(x[i / 2]) : low_io(x[i / 2]);
-}
-
-// Extrema of the ordinary rows; sorts out the others and marks the non-finite rows of the warp in `bad`.
-__device__ __forceinline__ void find_special_rows(Extrema<4>& extrema, const KTile& tile, int rows_left,
-                                                  SpecialRows& special, uint32_t& bad) {
-  constexpr uint32_t kRowLanes = (1u << kChunks) - 1;
-  int first_lane = threadIdx.x % 32 / kChunks * kChunks;
-  extrema.clear();
-#pragma unroll
-  for (int i = 0; i < kKLoads; ++i) {
-    bool has_inf = false, has_nan = false;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      uint32_t magnitude = tile.x[i][j / 2] >> 16 * (j % 2) & 0x7fff;
-      has_inf |= magnitude == kInfBits;
-      has_nan |= magnitude > kInfBits;
-    }
-    uint32_t nan_lanes = __ballot_sync(0xffffffffu, has_nan);
-    uint32_t bad_lanes = __ballot_sync(0xffffffffu, has_inf) | nan_lanes;
-#pragma unroll
-    for (int r = 0; r < kKRows; ++r) {
-      if (bad_lanes >> r * kChunks & kRowLanes) bad |= 1u << (i * kKRows + r);
-    }
-    bool is_absent = i * kKStep >= rows_left;
-    bool is_bad = (bad_lanes >> first_lane & kRowLanes) != 0;
-    bool is_nan = (nan_lanes >> first_lane & kRowLanes) != 0;
-    if (!is_absent && !is_bad) extrema.add(tile.x[i]);
-    special.zero |= static_cast<uint32_t>(is_absent || is_nan) << i;
-    special.infinite |= static_cast<uint32_t>(is_bad) << i;
-  }
-}
-
-__device__ __forceinline__ uint32_t infinity_code(float value) {
-  return fabsf(value) == infinity() ? (value > 0.0f ? 127u : 0x81u) : 0u;
-}
-
 // Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
 // flight). Backwards: what was read last is in L2 for sure.
 __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, int first, int last, int8_t* k8,
@@ -132,24 +71,15 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
     if (!in.vectors) tile.load(in, block * kBlock + row);
     if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + row);
 
-    auto warp_amax = [&](const Extrema<4>& extrema) {
-      float amax = 0.0f;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) amax = max_nan(amax, extrema.amax(j, shift[j]));
-      return __reduce_max_sync(0xffffffffu, __float_as_uint(amax) & 0x7fffffffu);
-    };
-    Extrema<4> extrema;
-    extrema.clear();
-#pragma unroll
-    for (int i = 0; i < kKLoads; ++i) extrema.add(tile.x[i]);
-    uint32_t amax_bits = warp_amax(extrema);
+    Extrema<4> extrema = extrema_of(tile);
+    uint32_t amax_bits = warp_magnitude(extrema, shift);
     int rows_left = in.rows - block * kBlock;
     SpecialRows special;
     uint32_t bad = 0;
     bool has_special = rows_left < kBlock || amax_bits >= 0x7f800000u;
     if (has_special) {
       find_special_rows(extrema, tile, rows_left - row, special, bad);
-      amax_bits = warp_amax(extrema);
+      amax_bits = warp_magnitude(extrema, shift);
     }
     if (lane == 0) {
       s.k_amax[count & 1][warp] = amax_bits;
@@ -169,71 +99,16 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
     float group = group_amax(warp % kKGroups);
     float inverse = group < kTiny ? 0.0f : 127.0f / group;
 
-    auto store = [&](bool check) {
-#pragma unroll
-      for (int i = 0; i < kKLoads; ++i) {
-        uint32_t q[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) q[j] = to_int8(row_value(tile.x[i], j) - shift[j], inverse);
-        if (check && special.infinite >> i & 1) {
-#pragma unroll
-          for (int j = 0; j < 8; ++j) q[j] = infinity_code(row_value(tile.x[i], j));
-        }
-        uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
-        if (check && special.zero >> i & 1) packed = make_uint2(0, 0);
-        *reinterpret_cast<uint2*>(out + offset + i * kKStep * kHeadDim) = packed;
-      }
-    };
     if (has_special) {
-      store(true);
+      write_k_rows<true>(out, offset, tile, shift, inverse, special);
     } else {
-      store(false);
+      write_k_rows<false>(out, offset, tile, shift, inverse, special);
     }
     fence_async_shared();
     tile = next;
   }
   writer.finish(count, first);
 }
-
-// Warp w holds the 16 keys from 16 w on, a thread kVChannels channels of each.
-constexpr int kVChannels = kHeadDim / 32;
-constexpr int kVWords = kVChannels / 2;
-
-struct VTile {
-  uint32_t x[16][kVWords];
-
-  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * 16; }
-  __device__ __forceinline__ void load(const Input& in, int row) {
-    load_rows(x, in, row, 1, kVChannels * (threadIdx.x % 32));
-  }
-  // With `check`, 0 where there is no finite value.
-  template <bool check>
-  __device__ __forceinline__ float get(int key, int channel, const float (&shift)[kVChannels], int keys_left) const {
-    float value = channel % 2 ? high_io(x[key][channel / 2]) : low_io(x[key][channel / 2]);
-    if (check && (key >= keys_left || !is_finite(value))) return 0.0f;
-    return value - shift[channel];
-  }
-};
-
-template <bool check>
-__device__ __forceinline__ void channel_amax(float (&amax)[kVChannels], const VTile& tile,
-                                             const float (&shift)[kVChannels], int keys_left) {
-  Extrema<kVWords> extrema;
-  extrema.clear();
-#pragma unroll
-  for (int key = 0; key < 16; ++key) {
-    if constexpr (check) {
-      if (key < keys_left) extrema.add_finite(tile.x[key]);
-    } else {
-      extrema.add(tile.x[key]);
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < kVChannels; ++e) amax[e] = extrema.amax(e, shift[e]);
-}
-
-// bf16 not below x; x >= 0.
-__device__ __forceinline__ uint32_t bf16_above(float x) { return (__float_as_uint(x) + 0xffffu) >> 16; }
 
 // Scales of the channels of this thread for the keys of this tile; returns their inverses in place of the magnitudes.
 __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[kVChannels], VScaleType* scale) {
@@ -246,62 +121,8 @@ __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[k
     for (int e = 0; e < kVChannels; ++e) amax[e] = fmaxf(amax[e], s.v_amax[turn][warp][channel + e]);
   }
   uint32_t bits[kVChannels];
-#pragma unroll
-  for (int e = 0; e < kVChannels; ++e) {
-    bool zero = amax[e] < kTiny;
-    bits[e] = bf16_above(zero ? 1.0f : amax[e] * (1.0f / 127.0f));
-    amax[e] = zero ? 0.0f : 1.0f / __uint_as_float(bits[e] << 16);
-  }
-  if (threadIdx.x < 32) {
-    int pair = channel / 2;  // a multiple of kVWords
-    uint32_t* place = reinterpret_cast<uint32_t*>(scale) + (pair & 48 | pair << 2 & 12 | pair >> 2 & 3);
-#pragma unroll
-    for (int i = 0; i < kVWords; ++i) place[4 * i] = bits[2 * i] | bits[2 * i + 1] << 16;
-  }
-}
-
-template <bool check>
-__device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, const float (&shift)[kVChannels],
-                                             const float (&inverse)[kVChannels], int keys_left) {
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint4 row[kVChannels];
-#pragma unroll
-  for (int e = 0; e < kVChannels; ++e) {
-    uint32_t word[4];
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      float x[4];
-#pragma unroll
-      for (int p = 0; p < 4; ++p) x[p] = tile.get<check>(2 * m + p % 2 + p / 2 * 8, e, shift, keys_left);  // pair order
-      if constexpr (kInt8V) {
-        word[m] = pack_low_bytes(to_int8(x[0], inverse[e]), to_int8(x[1], inverse[e]), to_int8(x[2], inverse[e]),
-                                 to_int8(x[3], inverse[e]));
-      } else {
-        word[m] = pack_halves(to_e4m3x2(x[0] * inverse[e], x[1] * inverse[e]),
-                              to_e4m3x2(x[2] * inverse[e], x[3] * inverse[e]));
-      }
-    }
-    row[e] = make_uint4(word[0], word[1], word[2], word[3]);
-  }
-  // Eight neighbouring lanes write at once: each picks its channels in an order that gives all eight a different
-  // channel % 8, so that the swizzle sends them to different banks.
-  int order = lane * kVChannels / 8 % kVChannels;
-#pragma unroll
-  for (int bit = 1; bit < kVChannels; bit *= 2) {
-    bool swap = (order & bit) != 0;
-#pragma unroll
-    for (int e = 0; e < kVChannels; ++e) {
-      if (e & bit) continue;
-      uint4 a = row[e], b = row[e | bit];
-      row[e] = swap ? b : a;
-      row[e | bit] = swap ? a : b;
-    }
-  }
-#pragma unroll
-  for (int e = 0; e < kVChannels; ++e) {
-    int channel = kVChannels * lane + (e ^ order);
-    *reinterpret_cast<uint4*>(out + 128 * channel + 16 * (warp ^ (channel & 7))) = row[e];
-  }
+  scale_channels(amax, bits);
+  if (threadIdx.x < 32) write_scales(bits, channel, scale);
 }
 
 // Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
@@ -348,23 +169,6 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
   }
   writer.finish(count, first);
 }
-
-// Copies rows [row, end) of a head, padding them with zeros.
-__device__ __forceinline__ void copy_rows(const Input& in, int row, int end, VOut* out) {
-  constexpr int kLoads = 4;
-  int channel = 8 * (threadIdx.x % kChunks);
-#pragma unroll 1
-  for (int r = row + threadIdx.x / kChunks; r < end; r += kLoads * kRowsPerPass) {
-    uint32_t x[kLoads][4];
-    load_rows(x, in, r, kRowsPerPass, channel);
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {  // a run is a multiple of kLoads * kRowsPerPass rows
-      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(r + i * kRowsPerPass) * kHeadDim + channel) =
-          make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
-    }
-  }
-}
-static_assert(kBlock % (4 * kRowsPerPass) == 0);
 
 // ---- Jobs ----
 
@@ -422,9 +226,7 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
   if constexpr (kQuantizedV) {
     float count = static_cast<float>(rows);
     float mean = reduce_cluster<kSum>(s, channel) / count;
-    float square = reduce_cluster<kSquares>(s, channel) / count;
-    // Subtracted where it pays: mean^2 >= variance / 4, with variance = square - mean^2.
-    if (!(5.0f * mean * mean >= square && fabsf(mean) < kShiftMax)) mean = 0.0f;
+    mean = v_shift(mean, reduce_cluster<kSquares>(s, channel) / count);
     s.shift[channel] = mean;
     if (t.rank == 0) p.VMean[at] = mean;
     if constexpr (!kInt8V) {

@@ -7,6 +7,15 @@
 
 namespace sagert {
 
+// The ones behind every stage of V, which no copy touches. All threads of the block write them.
+__device__ __forceinline__ void write_ones(Shared& s) {
+  constexpr int8_t kOne = 0x38;  // in e4m3
+  for (int stage = 0; stage < kStagesV; ++stage) {
+    for (int i = kVTileBytes + threadIdx.x; i < kVStageBytes; i += kThreads) s.v[stage][i] = kOne;
+  }
+  fence_async_shared();
+}
+
 // Starts the copy of a block of V, `block` of head `head_kv`, to a stage.
 __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_kv, int block, uint32_t full) {
   mbarrier_arrive_expect(full, kVTileBytes);
@@ -26,7 +35,7 @@ __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> k;
   Ring<kStagesV> v;
-  for_each_tile(p, [&](int index) {
+  for_each_tile(p, [&](int index, int) {
     const Tile tile = tile_at(p, index);
     const int head_kv = tile.head / p.group;
     const int blocks = tile.end - tile.begin;

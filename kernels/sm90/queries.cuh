@@ -1,36 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Queries: each warp of a consumer quantizes its own 16 rows, one scale per row, when it comes to a tile; what it reads
-// has been copied to shared memory while it was at the tile before. Four lanes share a row.
+// the scout had copied to shared memory. Four lanes share a row.
 #pragma once
 
-#include "ptx/async_copy.cuh"
 #include "tile.cuh"
 
 namespace sagert {
 
 constexpr int kVectors = kHeadDim / 32;  // of 8 channels, that a lane has of a row
 
-__device__ __forceinline__ const uint16_t* queries_of(const Params& p, const Tile& tile) {
-  return p.q + tile.head / p.heads_q * p.q_sb + tile.head % p.heads_q * p.q_sh + tile.row * p.q_ss;
-}
-
-// Where a lane's vector of a row stands in `raw`; neighbouring rows on different banks.
-__device__ __forceinline__ int raw_vector(int r, int quad, int i) {
-  return r * (kHeadDim / 8) + (i * 4 + quad ^ r % 2 * 4);
-}
-
-// Starts the copy of what a lane will read of rows r and r + 8, of contiguous, aligned queries.
-__device__ __forceinline__ void prefetch_queries(const Params& p, Shared& s, const Tile& tile, int r, int quad) {
-  const uint16_t* base = queries_of(p, tile);
-#pragma unroll
-  for (int half = 0; half < 2; ++half, r += 8) {
-    const bool inside = tile.row + r < p.seqlen_q;
-    const uint16_t* row = base + (inside ? r : 0) * p.q_ss;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      async_copy16(shared_address(&s.raw[raw_vector(r, quad, i)]), row + (i * 4 + quad) * 8, inside);
-    }
-  }
+// Queries of a head, from `row` on.
+__device__ __forceinline__ const uint16_t* queries_of(const Params& p, int head, int row) {
+  return p.q + head / p.heads_q * p.q_sb + head % p.heads_q * p.q_sh + row * p.q_ss;
 }
 
 struct RowScale {
@@ -70,31 +51,37 @@ struct QuantizedRow {
 // A row whose copy has come. `shift` is K's, or null.
 __device__ __forceinline__ QuantizedRow quantize_row(const Params& p, Shared& s, int r, int quad, const float* shift) {
   constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
+  // Neighbouring rows are read at different vectors, which lie on different banks.
+  auto vector = [&](int i) { return (i ^ r & 1) * 4 + quad; };
   uint4 x[kVectors];
   uint32_t pair = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    x[i] = s.raw[raw_vector(r, quad, i)];
+    x[i] = s.raw[r * (kHeadDim / 8) + vector(i)];
     pair = __vmaxu2(__vmaxu2(pair, x[i].x & kMagnitude), x[i].y & kMagnitude);
     pair = __vmaxu2(__vmaxu2(pair, x[i].z & kMagnitude), x[i].w & kMagnitude);
   }
   const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
-  float product = 0.f;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    const int vector = i * 4 + quad;
     uint2 packed = {quantize4(x[i].x, x[i].y, scale.inverse), quantize4(x[i].z, x[i].w, scale.inverse)};
-    *reinterpret_cast<uint2*>(s.q + r * kHeadDim + swizzled<kHeadDim>(vector / 2, r) * 16 + vector % 2 * 8) = packed;
-    if (shift != nullptr) {
+    const int place = swizzled<kHeadDim>(vector(i) / 2, r) * 16 + vector(i) % 2 * 8;
+    *reinterpret_cast<uint2*>(s.q + r * kHeadDim + place) = packed;
+  }
+  float product = 0.f;
+  if (shift != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
       const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float2 two = __ldg(reinterpret_cast<const float2*>(shift + vector * 8 + 2 * n));
+        const float2 two = __ldg(reinterpret_cast<const float2*>(shift + vector(i) * 8 + 2 * n));
         product = fmaf(low_io(words[n]), two.x, fmaf(high_io(words[n]), two.y, product));
       }
     }
+    product = row_sum(product);
   }
-  return {scale.scale, row_sum(product) * p.scale_log2};
+  return {scale.scale, product * p.scale_log2};
 }
 
 // The same for any strides and any number of channels, from `row`.

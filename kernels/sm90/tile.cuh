@@ -5,6 +5,7 @@
 #include "integers.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/registers.cuh"
 #include "quantize.cuh"
 
 namespace sagert {
@@ -33,6 +34,9 @@ using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
 using VScaleType = float;  // of a channel
 #endif
 constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
+// Behind the channels of a tile of FP8 V stand as many of ones: P V then has the sums of P, too.
+constexpr int kOnes = kV == V::kFp8 ? 8 : 0;
+constexpr int kVStageBytes = kVTileBytes + kOnes * kBlock;
 constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
@@ -60,9 +64,12 @@ struct Params {
   float* part_lse;
 };
 
+// A value that all lanes have, in a register that all lanes share.
+__device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_max_sync(~0u, value); }
+
 // With few tiles the keys of each are split: gridDim.y thread blocks take a range each, combine.cu joins the parts.
-__device__ __forceinline__ bool is_split() { return gridDim.y > 1; }
-__device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == gridDim.y; }
+__device__ __forceinline__ bool is_split() { return grid_height() > 1; }
+__device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == grid_height(); }
 
 // kRows queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
 struct Tile {
@@ -94,23 +101,42 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   tile.end = kCausal ? min(p.blocks, (tile.row + kRows - 1) / kBlock + 1) : p.blocks;
   if (is_split()) {
     const unsigned blocks = tile.end;
-    tile.begin = static_cast<int>(blocks * blockIdx.y / gridDim.y);
-    tile.end = static_cast<int>(blocks * (blockIdx.y + 1) / gridDim.y);
+    tile.begin = static_cast<int>(blocks * blockIdx.y / grid_height());
+    tile.end = static_cast<int>(blocks * (blockIdx.y + 1) / grid_height());
   }
   return tile;
 }
 
-// Calls visit(index) for every tile of this block.
+// Calls visit(index, turn) for every tile of this thread block, the turns counted from 0.
 template <typename Visit>
 __device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
-  const int total = p.tiles * p.heads_total;
+  auto total = [&] {
+    int tiles = p.tiles;
+    forget(tiles);  // registers are short
+    return tiles * p.heads_total;
+  };
+  auto index = [](int turn) { return static_cast<int>(blockIdx.x + turn * grid_width()); };
 #pragma unroll 1
-  for (int index = blockIdx.x; index < total; index += gridDim.x) visit(index);
+  for (int turn = 0; index(turn) < total(); ++turn) visit(index(turn), turn);
 }
+
+// What a consumer warpgroup has to do at a tile.
+struct Task {
+  int head, head_kv;
+  int row;      // its first query
+  int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
+  int end;      // range of the blocks that it sees, from the last one down
+  int begin;
+  int masked;        // how many of them need masks, the last ones
+  int k_bad, v_bad;  // the head's K or V holds an infinity or a NaN
+  int64_t out;       // where the first query's row of the output is
+};
+
+constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
 
 struct Shared {
   int8_t k[kStages][kTileBytes];
-  int8_t v[kStagesV][kVTileBytes];
+  int8_t v[kStagesV][kVStageBytes];
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
@@ -118,7 +144,9 @@ struct Shared {
 #if V8_I8
   float exact_sums[2][128 * kGroups];  // of the exponentials of each thread's two rows
 #endif
+  Task tasks[kGroups][2];  // of this tile and the next one, in turns
   uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV];
+  uint64_t full_q[kGroups], empty_q[kGroups];
 };
 
 // A position in a ring of stages and the parity of its round.
@@ -148,6 +176,11 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
 __device__ __forceinline__ uint64_t descriptor_io(uint32_t address) {
   constexpr uint64_t kNextChannels = kBlock * kMapWidth * 2 >> 4, kNextKeys = 8 * kMapWidth * 2 >> 4, kLayout = 1;
   return static_cast<uint64_t>((address & 0x3ffff) >> 4) | kNextChannels << 16 | kNextKeys << 32 | kLayout << 62;
+}
+
+// The operand `bytes` behind another one: its address is all that changes.
+__device__ __forceinline__ uint64_t operand_behind(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000u) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 }  // namespace sagert

@@ -12,7 +12,7 @@ def test_the_benchmark_of_the_library_runs(fake_library):
     import native_cost
 
     costs = native_cost.measure(fake_library, 100, "int8_fp16", 128)
-    assert set(costs) == {"workspace_size", "attention", "both"}
+    assert set(costs) == {"workspace_size", "attention", "both", "kv_plan", "quantize_kv"}
     for least, median in costs.values():
         assert 0.0 < least <= median
         assert least < 10_000  # nanoseconds; a tenth of it is usual

@@ -9,11 +9,16 @@ from tests.abi.test_abi_wgmma import NAMES as WGMMA_NAMES
 from tests.kit import abi, fake_build
 from tests.kit.stub import calls
 
-NAMES = {90: fake_build.portable_parameters(fake_build.PLAIN_KERNELS), 100: WGMMA_NAMES}
+NAMES = {
+    90: fake_build.portable_parameters(fake_build.PLAIN_KERNELS),
+    100: WGMMA_NAMES,
+    110: fake_build.mma_parameters(),
+}
+TILED = (100, 110)  # families in which a call quantizes of V what it needs, and no more
 WORKSPACE, KV = 1 << 40, 1 << 42
 POINTERS = [
-    "KSum", "VAmax", "VBad", "KShift", "K8", "KScale", "KBad", "VOut", "V8", "VScale", "VMean", "VFirst", "HeadFlags",
-    "Q8", "QScale", "QShift", "PartOut", "PartLse",
+    "KSum", "VStats", "PartBad", "PartFirst", "VAmax", "VBad", "KShift", "K8", "KScale", "KBad", "VOut", "V8", "VScale",
+    "VMean", "VFirst", "HeadFlags", "Q8", "QScale", "QShift", "PartOut", "PartLse",
 ]  # fmt: skip
 
 RUN = """
@@ -83,7 +88,7 @@ result = [lib.attention(args), lib.workspace_size(args)[1], lib.error()]
 
 CASES = [
     (capability, dict(zip(("precision", "seqlen_q", "seqlen_k", "head_dim", "flags"), case, strict=True)))
-    for capability, precisions in ((90, (abi.INT8_FP16, abi.INT8_FP8)), (100, (1, 2, 3)))
+    for capability, precisions in ((90, (abi.INT8_FP16, abi.INT8_FP8)), (100, (1, 2, 3)), (110, (1, 2, 3)))
     for case in itertools.product(precisions, (1, 1000), (1, 129, 5000), (40, 128), (0, abi.LSE | abi.CAUSAL))
 ]
 
@@ -100,16 +105,16 @@ def test_both_halves_are_the_one_call(fake_library, stub, tmp_path, capability, 
     if causal or not io:  # then the one call needs all of V's statistics, too
         assert size + workspace == whole_size
     ignored = {*POINTERS, "Lse", "V"}
-    if capability == 100 and io and not causal:
+    if capability in TILED and io and not causal:
         ignored |= {"v_jobs", "v_stats"}
     for (role, mine), (_, theirs) in zip(launches, whole, strict=True):
         assert mine.keys() == theirs.keys()
         skip = set(ignored)
         if "V8" in mine or "VMap" in mine or role == "quantize_kv":
             skip |= {"VMap"} if not reads_v else set()
-        if role == "quantize_kv" and capability == 100 and io and not causal:
+        if role in ("kv_stats", "quantize_kv") and capability in TILED and io and not causal:
             skip.add("grid")
-            jobs, other = (int(x["grid"]) // int(x["cluster"]) for x in (mine, theirs))
+            jobs, other = (int(x["grid"]) // int(x["cluster"]) // x.get("parts", 1) for x in (mine, theirs))
             assert jobs == 2 * 2 * 4
             assert other in (2 * 4, 2 * 2 * 4)
         if role == "attention":  # nothing of its own runs before it
@@ -134,7 +139,7 @@ def test_what_stays_and_what_does_not(fake_library, stub, tmp_path, capability, 
         assert launch.get("K", 2 << 32) == 2 << 32
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, 100, 110])
 @pytest.mark.parametrize("precision", [abi.INT8_FP16, abi.INT8_FP8])
 def test_queries_do_not_matter(fake_library, stub, capability, precision):
     cases = [
@@ -154,7 +159,7 @@ for case in {cases!r}:
     assert found[0][0] == abi.OK
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, 100, 110])
 def test_sixteen_bit_v_is_read_where_it_is_or_copied(fake_library, stub, tmp_path, capability):
     case = {"precision": abi.INT8_FP16, "flags": abi.LSE}
     (small, _, reads_v), _, launches = run(stub, fake_library, tmp_path, capability, case)
@@ -168,13 +173,13 @@ def test_sixteen_bit_v_is_read_where_it_is_or_copied(fake_library, stub, tmp_pat
     assert large - small >= 2 * 4 * 1100 * 128 * 2
     prepass, attention = dict(launches)["quantize_kv"], dict(launches)["attention"]
     assert prepass["copy_v"] == 1
-    if capability == 90:
-        assert attention["V"] == prepass["VOut"]
+    if capability != 100:
+        assert attention["V"] == prepass["VOut" if capability == 90 else "V8"]
     else:
         assert f"address {prepass['V8']} " in attention["VMap"]
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, 100, 110])
 def test_the_lse_of_unsmoothed_keys(fake_library, stub, tmp_path, capability):
     """The buffer holds the shift, 0 without smoothing: the flag counts when K is quantized, and not again."""
     case = {"precision": abi.INT8_FP8, "flags": abi.NO_SMOOTH_K}
@@ -260,11 +265,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, 100, 110])
 def test_bad(fake_library, stub, tmp_path, capability):
+    cases = [case for case in BAD if capability != 110 or "splits" not in case[1]]  # mma needs no workspace beside kv
     code = f"""
 result = []
-for function, changes, _ in {BAD!r}:
+for function, changes, _ in {cases!r}:
     args = abi.attention_args(precision=INT8_FP8)
     if changes.pop("splits", False):  # both families need a workspace then
         args.seqlen_q, args.seqlen_k, args.batch, args.heads_q, args.heads_kv = 1, 65536, 1, 1, 1
@@ -283,7 +289,7 @@ for function, changes, _ in {BAD!r}:
 """
     log = tmp_path / "log"
     found = stub.run(fake_library, code, log=log, STUB_CAPABILITY=capability)
-    for (function, changes, words), (status, text) in zip(BAD, found, strict=True):
+    for (function, changes, words), (status, text) in zip(cases, found, strict=True):
         assert status == abi.INVALID_ARGUMENT, (function, changes)
         assert words in text, (function, changes)
     assert not calls(log, "cuLaunchKernelEx")
@@ -318,7 +324,7 @@ args.v.data = None
 result = [info.reads_v, lib.attention(args), lib.error()]
 """
     )
-    for capability in (90, 100):
+    for capability in (90, 100, 110):
         reads_v, status, text = stub.run(fake_library, code, STUB_CAPABILITY=capability)
         assert (reads_v, status) == (1, abi.INVALID_ARGUMENT)
         assert "its v" in text
@@ -335,7 +341,7 @@ result = [status, info.row, info.bytes, lib.error()]
 
 
 @pytest.mark.parametrize("case", [{"batch": 0}, {"seqlen_k": 0}])
-@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("capability", [90, 100, 110])
 def test_nothing_to_quantize(fake_library, stub, tmp_path, capability, case):
     """Without batches nothing is launched; without keys one block of padding still gets its scales."""
     (size, _, _), _, launches = run(stub, fake_library, tmp_path, capability, {"precision": abi.INT8_FP8, **case})

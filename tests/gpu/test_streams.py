@@ -94,6 +94,38 @@ def test_same_bits_every_time(served: list[str], device: torch.device) -> None:
             assert torch.equal(lse, want_lse), precision
 
 
+def test_repeated_calls_hold_no_memory(served: list[str], device: torch.device) -> None:
+    for precision in served:
+        q, k, v = tensors(device)
+        for _ in range(2):
+            sagert.attention(q, k, v, precision=precision)
+        held = torch.cuda.memory_allocated(device)
+        for _ in range(20):
+            sagert.attention(q, k, v, precision=precision)
+        assert torch.cuda.memory_allocated(device) == held, precision
+
+
+def test_quantizing_again(served: list[str], device: torch.device) -> None:
+    """The second call of a shape and those after it only launch; other tensors are other bits."""
+    for precision in served:
+        for seed in (0, 1, 0):
+            q, k, v = tensors(device, seed=seed)
+            kv = sagert.quantize_kv(k, v, precision=precision)
+            want = sagert.attention(q, k, v, precision=kv.precision)
+            assert torch.equal(sagert.attention(q, kv), want), (precision, seed)
+
+
+def test_a_call_after_autocast(served: list[str], device: torch.device) -> None:
+    """Under autocast fp32 tensors are cast; the same tensors without it are computed as fp32 again."""
+    for precision in served:
+        q, k, v = (t.float() for t in tensors(device))
+        with torch.autocast("cuda", torch.bfloat16):
+            cast = sagert.attention(q, k, v, precision=precision)
+        got = sagert.attention(q, k, v, precision=precision)
+        assert (cast.dtype, got.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(got.bfloat16(), cast), precision
+
+
 def test_threads(served: list[str], device: torch.device) -> None:
     precision = served[0]
     want = [sagert.attention(*tensors(device, seed=s), precision=precision) for s in range(4)]

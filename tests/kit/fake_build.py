@@ -17,6 +17,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,8 +28,12 @@ from tests.kit import abi
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp16": abi.FP16, "bf16": abi.BF16}
-ROLES = ("kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair")
+ROLES = (
+    "kv_stats", "quantize_kv", "quantize_q", "attention", "combine", "scan_mask", "list_blocks", "repair",
+    "attention_lse",
+)  # fmt: skip
 PLAIN_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "attention")  # ids after "portable."
+MMA_KERNELS = ("kv_stats", "quantize_kv", "attention")  # ids after "mma."
 GENERAL_KERNELS = ("kv_stats", "quantize_kv", "quantize_q", "scan_mask", "list_blocks", "general", "repair")
 GENERAL_FLAGS = abi.MASK | abi.VARLEN | abi.WINDOW | abi.BOTTOM_RIGHT
 FLAGS = abi.CAUSAL | abi.LSE | abi.NO_SMOOTH_K | abi.QUANTIZED_KV
@@ -112,6 +117,9 @@ ROWS = (
             RankWhen(110, seqlen_k=(4096, 8191)),
         ),
     ),
+    FakeRow("sm110", abi.INT8_FP16, "int8_fp16", 60, 0, 110, 110, family="mma"),
+    FakeRow("sm110", abi.INT8_FP8, "int8_fp8", 50, 1, 110, 110, family="mma"),
+    FakeRow("sm110", abi.INT8_INT8, "int8_int8", 70, 0, 110, 110, family="mma"),
     FakeRow("sm89", abi.INT8_FP16, "general_int8_fp16", 200, 0, 89, 89, general=True),
     FakeRow("sm89", abi.INT8_FP8, "general_int8_fp8", 190, 1, 89, 89, general=True),
 )  # fmt: skip
@@ -139,12 +147,18 @@ def c_compiler(compiler: list[str]) -> list[str]:
     return [*compiler[:-1], os.path.join(folder, last.get(name, name))]
 
 
+def templates(family: str) -> dict[str, dict[str, Any]]:
+    """A family's kernel templates by id, from the manifest that declares them."""
+    folder = {"portable": "portable", "mma": "sm80"}[family]
+    manifest = tomllib.loads((ROOT / "kernels" / folder / "manifest.toml").read_text())
+    return {kernel["id"]: kernel for kernel in manifest["kernel"]}
+
+
 def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
-    """Signature of the kernel of each role, from the portable family's manifest or from WGMMA_ARGS."""
-    manifest = tomllib.loads((ROOT / "kernels/portable/manifest.toml").read_text())
+    """Signature of the kernel of each role, from the family's manifest or from WGMMA_ARGS."""
     pv = {abi.INT8_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
     scale = "bf16" if pv == "i8" else "fp32"
-    names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}", "*scale": f"*{scale}"}
+    names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}", "*scale": f"*{scale}", "*$v_scale": f"*{scale}"}
     out = {}
     if row.family == "wgmma":
         for role, args in WGMMA_ARGS.items():
@@ -155,21 +169,26 @@ def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
                 pairs = [["VMap", "tensormap"] if name == "V8" else [name, kind] for name, kind in pairs]
             out[role] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in pairs)
         return out
-    by_id = {kernel["id"]: kernel for kernel in manifest["kernel"]}
-    for name in GENERAL_KERNELS if row.general else PLAIN_KERNELS:
-        kernel = by_id[f"portable.{name}"]
+    by_id = templates(row.family)
+    wanted = MMA_KERNELS if row.family == "mma" else GENERAL_KERNELS if row.general else PLAIN_KERNELS
+    for name in wanted:
+        kernel = by_id[f"{row.family}.{name}"]
         out[kernel["role"]] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in kernel["args"].items())
     return out
 
 
 def portable_parameters(kernels: tuple[str, ...]) -> dict[str, list[str]]:
     """Parameter names by role, the compiler's own included, of PLAIN_KERNELS or GENERAL_KERNELS."""
-    manifest = tomllib.loads((ROOT / "kernels/portable/manifest.toml").read_text())
     return {
         kernel["role"]: [*kernel["args"], "hidden0", "hidden1"]
-        for kernel in manifest["kernel"]
-        if kernel["id"].removeprefix("portable.") in kernels
+        for name, kernel in templates("portable").items()
+        if name.removeprefix("portable.") in kernels
     }
+
+
+def mma_parameters() -> dict[str, list[str]]:
+    """Parameter names of the mma family's kernels by role."""
+    return {kernel["role"]: list(kernel["args"]) for kernel in templates("mma").values()}
 
 
 def _quote(text: str) -> str:
@@ -204,13 +223,14 @@ def build(folder: Path, compiler: list[str]) -> Path:
                 for causal in (0, 1):
                     uses = dict.fromkeys(ROLES, -1)
                     wgmma = row.family == "wgmma"
-                    hidden = 0 if wgmma else 2
+                    cuda = wgmma or row.family == "mma"
+                    hidden = 0 if cuda else 2
                     for role, signature in signatures(row, dtype).items():
                         symbol = f"{row.arch}_{row.name}_{role}_{dtype}_d{head_dim}_c{causal}"
                         data = f"#{len(kernels):04d} {symbol} ".encode() * 20
                         digest = hashlib.sha256(data)
                         (target / f"{symbol}.cubin").write_bytes(data)
-                        tile = COMBINE_TILE if role == "combine" else 128 if role == "attention" or wgmma else 64
+                        tile = COMBINE_TILE if role == "combine" else 128 if role == "attention" or cuda else 64
                         shared = row.shared if role == "attention" else 1024
                         launch = f"{row.cluster}, 1, 0"
                         if role == "combine":

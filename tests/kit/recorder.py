@@ -16,6 +16,15 @@ class Recorder:
     def __init__(self, size_status=0, status=0, size=4096, row=6, reads_v=False):
         self.size_status, self.status, self.size, self.row, self.reads_v = size_status, status, size, row, reads_v
         self.seen = []
+        self.workspaces, self.held = [], []  # (size, stream) of all that plans took; addresses of those they hold
+
+    def allocate(self, size, stream):
+        self.workspaces.append((size, stream))
+        self.held.append(1 << 20 | len(self.workspaces) << 8)
+        return self.held[-1]
+
+    def free(self, address):
+        self.held.remove(address)
 
     def record(self, name, address):
         plain = native.ARGS.unpack(ctypes.string_at(address, native.ARGS.size))

@@ -12,7 +12,25 @@ __device__ __forceinline__ void async_copy16(uint32_t destination, const void* s
                : "memory");
 }
 
+__device__ __forceinline__ void async_copy16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
+}
+
+// What a thread has started since its last commit is a group.
+__device__ __forceinline__ void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `pending` groups of this thread are unfinished.
+template <int pending>
+__device__ __forceinline__ void async_copy_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
 // Waits for all copies of this thread.
 __device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Arrives at a barrier when the copies of this thread are there. The barrier's count has a place for each such thread.
+__device__ __forceinline__ void async_copy_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 
 }  // namespace sagert::ptx

@@ -153,6 +153,9 @@ API int cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 16:
       *value = 132;
       return 0;
+    case 38:
+      *value = env_int("STUB_L2", 60 << 20);
+      return 0;
     case 75:
       *value = list[device] / 10;
       return 0;

@@ -23,6 +23,7 @@ from build_tools.wheel_check import LIBRARY, TAG, WheelError, check_wheel
 ROOT = Path(__file__).resolve().parents[3]
 INFO = "sagert-0.1.0.dist-info/"
 CUBIN = b"\x7fELF cubin"
+PTX = b".version 8.8\n.target sm_80\n\0"
 HEADER = "SAGERT_API const char* sagert_version(void);\nSAGERT_API sagert_status sagert_close(\n    int x);\n"
 
 
@@ -120,6 +121,10 @@ def test_bundles(make: Make) -> None:
     _refused(make(replace={cubin: CUBIN[:-1]}), "does not have the sha256 its index.json says")
     _refused(make(replace={cubin: CUBIN[:-1]}), "is not the file libsagert was built for")
     _refused(make(replace={"sagert/bundles/sm80/more.cubin": CUBIN}), "more.cubin is in no index")
+    digest = hashlib.sha256(PTX).hexdigest()
+    kernels = [{"file": "k.cubin", "sha256": digest}]
+    index = json.dumps({"rows": [{"id": "sm80.tiny.int8_fp16"}], "kernels": kernels}).encode()
+    _refused(make(replace={cubin: PTX, "sagert/bundles/sm80/index.json": index}), "k.cubin is no machine code")
     _refused(make(replace={"sagert/bundles/sm80/index.json": b"{"}), r"index\.json cannot be read")
     other = json.dumps({"rows": [], "kernels": []}).encode()
     _refused(make(replace={"sagert/bundles/sm80/index.json": other}), r"has rows \[\], the manifest \['sm80")

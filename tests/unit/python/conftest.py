@@ -18,6 +18,8 @@ def recorder(monkeypatch):
         monkeypatch.setattr(plans, "stream_of", lambda index: 77)
         monkeypatch.setattr(plans, "index_of", lambda tensor: 3)
         monkeypatch.setattr(plans, "_raw_stream", None)
+        monkeypatch.setattr(plans.Plan, "allocate", lambda plan, size, stream: lib.allocate(size, stream))
+        monkeypatch.setattr(plans, "_free", lib.free)
         plans.PLANS.by_key.clear()
         return lib
 

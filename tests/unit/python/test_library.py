@@ -29,6 +29,7 @@ torch.Tensor.new_empty = lambda t, size, **o: (
 plans._empty_strided = lambda size, stride, dtype, device: (
     aligned(size[0]) if dtype is torch.uint8 else empty_strided(size, stride, dtype=dtype)
 )
+plans.Plan.allocate, plans._free = lambda plan, size, stream: 1 << 20, lambda address: None  # the stub reads no memory
 plans.stream_of, plans.index_of, plans._raw_stream = lambda index: 0, lambda tensor: 0, None
 ops.is_direct = lambda *tensors: True
 quantized.autocast = lambda place, *tensors: tensors

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import sagert  # noqa: E402
-from sagert import errors, ops, plans  # noqa: E402
+from sagert import errors, ops, plans, quantized  # noqa: E402
 
 
 def make(*shape, dtype=torch.bfloat16, seed=0):
@@ -78,6 +78,17 @@ def test_other_strides_shapes_and_dtypes_are_other_plans(recorder):
     assert lib.names() == ["size", "run"] * 4
 
 
+def test_strides_of_single_elements_mean_nothing(recorder):
+    lib = recorder()
+    q, k, v = (t[:1, :, :1] for t in (Q, K, V))
+    strange = q.as_strided(q.shape, (7, 32, 5, 1))
+    q = q.as_strided(q.shape, (128, 32, 32, 1))
+    assert q.is_contiguous()
+    assert strange.is_contiguous()
+    assert call(q, k, v).stride() == call(strange, k, v).stride()
+    assert lib.names() == ["size", "run", "run"]
+
+
 def test_misaligned_tensors_ask_for_the_size_again(recorder):
     lib = recorder()
     call()
@@ -99,10 +110,48 @@ def test_what_a_plan_does_not_know_of_takes_the_long_way(recorder, monkeypatch):
         torch.func.vmap(lambda q: call(q, K, V))(torch.stack([Q, Q]))
     with pytest.raises(errors.InvalidArgumentError, match="shares memory"):
         call(out=Q)
-    monkeypatch.setattr(ops, "_is_autocast_enabled", lambda kind: kind == "cuda")
+    monkeypatch.setattr(ops, "_is_autocast_enabled", lambda: True)
     assert lib.names() == ["size", "run"]
     call()
     assert lib.names() == ["size", "run"] * 2
+
+
+def test_a_call_under_autocast_is_not_kept(recorder):
+    """Its key would be that of the tensors before they were cast."""
+    lib = recorder()
+    q, k, v = (t.float() for t in (Q, K, V))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(q, k, v).dtype == torch.bfloat16
+        sagert.quantize_kv(k, v)
+    assert not plans.PLANS.by_key
+    assert call(q, k, v).dtype == torch.float32
+    assert lib.names() == ["size", "run", "quantize", "size", "run"]
+
+
+@pytest.mark.parametrize("current", [3, 1])
+def test_memory_is_that_of_the_tensors_device(recorder, monkeypatch, current):
+    """The fast allocations serve the current device alone; another device has the general ones."""
+    lib = recorder()
+    fast = []
+
+    def empty_current(shape, stride, dtype):
+        assert type(shape) is type(stride) is tuple  # all that torch's own function takes
+        fast.append((shape, stride, dtype))
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
+    monkeypatch.setattr(plans, "_empty_current", empty_current)
+    monkeypatch.setattr(plans, "_allocate_current", lambda size, stream: fast.append((size, stream)) or 1 << 30)
+    monkeypatch.setattr(plans, "_free", lambda address: None)
+    monkeypatch.setattr(plans, "_current_device", lambda: current)
+    first, first_lse = call(return_lse=True)
+    assert not fast
+    out, lse = call(return_lse=True)
+    assert (out.shape, out.stride(), out.dtype) == (first.shape, first.stride(), first.dtype)
+    assert (lse.shape, lse.stride(), lse.dtype) == (first_lse.shape, first_lse.stride(), first_lse.dtype)
+    made = [(tuple(t.shape), t.stride(), t.dtype) for t in (out, lse)] + [(4096, 77)]
+    assert lib.workspaces == ([] if current == 3 else [(4096, 77)])
+    assert lib.seen[-1][1][29:32] == (1 << 30 if current == 3 else (1 << 20) + 256, 4096, 77)
+    assert fast == (made if current == 3 else [])
 
 
 def test_masks_and_windows(recorder):
@@ -158,6 +207,16 @@ def test_errors_of_the_launch_surface(recorder):
     lib.status = 5
     with pytest.raises(errors.CudaError):
         call()
+    assert len(lib.workspaces) == 1
+    assert not lib.held
+
+
+def test_workspaces_are_freed(recorder):
+    lib = recorder()
+    for _ in range(3):
+        call()
+    assert lib.workspaces == [(4096, 77)] * 2  # the first call's is a tensor
+    assert not lib.held
 
 
 def test_plans_are_bounded(recorder, monkeypatch):
@@ -204,3 +263,48 @@ def test_quantized_keys(recorder, kept):
     assert lib.seen[-1][2][6] == 8
     with pytest.raises(errors.InvalidArgumentError, match="leave v out"):
         sagert.attention(Q, first, V, enable_gqa=True)
+
+
+@pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
+def test_quantizing_again(recorder, monkeypatch, layout):
+    lib = recorder()
+    planned = []
+
+    def plan(*arguments):
+        planned.append(arguments)
+        return 4096, 6, False
+
+    monkeypatch.setattr(quantized, "_plan", plan)
+
+    def quantize(k=K, v=V, **options):
+        return sagert.quantize_kv(k, v, layout=layout, **options)
+
+    first, k, v = quantize(), K.clone(), V.clone()
+    second = quantize(k, v)
+    assert len(planned) == 1
+    (_, before, features), (_, after, later) = lib.seen
+    moved = {8 + 5: k, 8 + 10: v}
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert new == (moved[number].data_ptr() if number in moved else old)
+    assert later == (*features[:-2], second.data.data_ptr(), 4096)
+    assert second.data.data_ptr() != first.data.data_ptr()
+    names = ("v", "shape", "head_dim_v", "dtype", "precision", "row", "smooth_k", "masked", "nbytes")
+    assert [getattr(second, name) for name in names] == [getattr(first, name) for name in names]
+    assert (second.data.shape, second.data.dtype) == (first.data.shape, first.data.dtype)
+    shifted = torch.cat([V.new_zeros(1), V.flatten()])[1:].view(V.shape)
+    for number, change in enumerate(
+        [{"masked": True}, {"smooth_k": False}, {"precision": "int8_int8"}, {"v": shifted}, {"k": K[..., :16]}]
+    ):
+        quantize(**change)
+        assert len(planned) == 2 + number
+    lib.status = 5
+    with pytest.raises(errors.CudaError):
+        quantize()
+
+
+@pytest.mark.parametrize(("dtype", "reads_v"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_what_quantizing_copies_is_never_planned(recorder, monkeypatch, dtype, reads_v):
+    recorder()
+    monkeypatch.setattr(quantized, "_plan", lambda *arguments: (4096, 6, reads_v))
+    sagert.quantize_kv(K.to(dtype), V.to(dtype))
+    assert not plans.PLANS.by_key

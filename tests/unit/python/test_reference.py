@@ -123,11 +123,12 @@ def test_precision_without_reference():
         reference.attention(zero, zero, zero, precision="nvfp4")
 
 
+@pytest.mark.parametrize("family", reference.TILED)
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_wgmma_recipe_is_as_accurate(causal):
+def test_the_tiled_recipes_are_as_accurate(causal, family):
     q, k, v = (make(1, 2, 700, 64, seed=seed) for seed in range(3))
     v = v + torch.arange(64) % 2 * 3  # biased channels, whose mean comes off
-    out, lse = reference.attention(q, k, v, is_causal=causal, precision="int8_fp8", family="wgmma")
+    out, lse = reference.attention(q, k, v, is_causal=causal, precision="int8_fp8", family=family)
     exact, exact_lse = reference.exact_attention(q, k, v, is_causal=causal)
     plain, _ = reference.attention(q, k, v, is_causal=causal, precision="int8_fp8")
     error = reference.error_metrics(out, exact)["relative_l1"]
@@ -137,7 +138,7 @@ def test_the_wgmma_recipe_is_as_accurate(causal):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
-@pytest.mark.parametrize("family", ["portable", "wgmma"])
+@pytest.mark.parametrize("family", ["portable", *reference.TILED])
 def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
     out, lse = reference.attention(q, k, v, precision="int8_int8", family=family)
@@ -146,27 +147,29 @@ def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     torch.testing.assert_close(lse.double(), exact_lse, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("family", reference.TILED)
 @pytest.mark.parametrize("causal", [False, True])
-def test_integer_pv_is_its_definition(causal):
+def test_integer_pv_is_its_definition(causal, family):
     """A weighted mean of the dequantized V, weights being bytes times the exponential of their block's row maximum."""
     q, k, v = (make(1, 1, 300, 64, seed=seed) for seed in (3, 4, 5))  # no byte is near a tie
     v = v + torch.arange(64) % 2 * 3
     out, lse = reference.attention(
-        q, k, v, is_causal=causal, precision="int8_int8", family="wgmma", smooth_k=False, scale=0.5
+        q, k, v, is_causal=causal, precision="int8_int8", family=family, smooth_k=False, scale=0.5
     )
+    size = reference.BLOCKS[family]
     q8, q_scale = quantize.quantize_rows(q[0, 0].float(), math.nan)
     q_scale = q_scale * torch.tensor(0.5 * reference.LOG2E)
-    k8, k_scale = quantize.quantize_key_groups(k[0].float())
+    k8, k_scale = quantize.quantize_key_groups(k[0].float(), size)
     scores = (q8.double() @ k8[0].double().T) * q_scale.double() * k_scale[0].double().T
     if causal:
         scores = scores.masked_fill(torch.ones(300, 300).triu(1) > 0, -math.inf)
     mean = quantize.v_mean(v[0].float())
     assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
-    v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean)
+    v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean, size)
     numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
     whole = torch.zeros(300).double()  # sum of the weights before they are bytes
-    for block in range(3):
-        keys = slice(128 * block, 128 * block + 128)
+    for block in range(-(-300 // size)):
+        keys = slice(size * block, size * block + size)
         highest = scores[:, keys].amax(1, keepdim=True)
         p = torch.round(255 * torch.exp2(scores[:, keys] - highest.clamp(min=-1e30)))
         whole += torch.exp2(scores[:, keys]).sum(1)
@@ -175,7 +178,7 @@ def test_integer_pv_is_its_definition(causal):
         denominator += weight * p.sum(1, keepdim=True)
     expected = numerator / denominator + mean[0].double()
     assert reference.error_metrics(out[0, 0], expected)["relative_l1"] < 0.001
-    expected_lse = torch.log(whole)
+    expected_lse = torch.log(denominator[:, 0] / 255 if family == "mma" else whole)
     torch.testing.assert_close(lse[0, 0].double(), expected_lse, atol=1e-4, rtol=1e-5)
 
 
@@ -219,7 +222,7 @@ def test_int8_codes_of_v():
 
 def test_a_family_without_reference_is_refused():
     q = make(1, 1, 8, 64)
-    for family, precision in (("wgmma", "nvfp4"), ("portable", "int4_fp8"), ("mma", "int8_fp8")):
+    for family, precision in (("wgmma", "nvfp4"), ("portable", "int4_fp8"), ("tcgen05", "int8_fp8")):
         with pytest.raises(ValueError, match="portable"):
             reference.attention(q, q, q, precision=precision, family=family)
 

@@ -1,0 +1,240 @@
+// SPDX-License-Identifier: Apache-2.0
+// Workspace layout and parameters are those of kernels/sm80/kv_stats.cu, quantize_kv.cu and attention.cu.
+#include "mma.h"
+
+#include <algorithm>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "../bundle.h"
+#include "../error.h"
+#include "../launch.h"
+#include "../request.h"
+#include "../table.h"
+#include "common.h"
+#include "tiled.h"
+
+namespace sagert {
+namespace mma {
+namespace {
+
+using tiled::kWord;
+using tiled::Pv;
+
+constexpr int kRoles[] = {kKvStats, kQuantizeKv, kAttention};  // in launch order
+constexpr int64_t kBlock = 64;                                 // keys per block of quantized K and V
+constexpr int64_t kStepKeys = 128;                             // that the pre-pass takes at a time
+constexpr int64_t kStatistics = 4;                             // of a channel of V
+
+// What the signatures of a variant's kernels say.
+struct Traits {
+  Pv pv = Pv::kFp8;
+  std::string defect;  // not empty: the build and this file disagree
+};
+
+// Everything the kernels are told, worked out once per call.
+struct Plan : tiled::Plan {
+  int64_t parts = 1, part_rows = kStepKeys;  // of the keys of a head, in the pre-pass
+  // Offsets into memory.kv.
+  int64_t k_sum = 0, v_statistics = 0, part_bad = 0, part_first = 0;
+  // V as attention reads it.
+  const void* attend_v = nullptr;
+  Strides attend_v_strides{};
+};
+
+// Cuts a head's keys into parts: enough to fill a device when there are few heads, few enough that combining them costs
+// little. They follow from the length alone, and with them the order of the statistics' sums: K and V become the same
+// bits whatever else is in the call.
+void cut_keys(Plan& plan) {
+  int64_t keys = plan.args->seqlen_k;
+  int64_t wanted = std::max(std::min(ceil_div(keys, 256), int64_t{8}), std::min(ceil_div(keys, 1024), int64_t{32}));
+  plan.part_rows = std::max(round_up(ceil_div(keys, std::max(wanted, int64_t{1})), kStepKeys), kStepKeys);
+  plan.parts = std::max(ceil_div(keys, plan.part_rows), int64_t{1});
+}
+
+void place_buffers(Plan& plan) {
+  Layout kv;
+  Layout call;
+  reserve_quantized(plan, kv);
+  int64_t d = plan.padded_head_dim;
+  int64_t parts = plan.heads_kv_total * plan.parts;
+  plan.k_sum = kv.reserve(true, parts * d * kWord);
+  plan.v_statistics = kv.reserve(plan.v_stats, parts * kStatistics * d * kWord);
+  plan.part_bad = kv.reserve(true, parts * 2 * kWord);
+  plan.part_first = kv.reserve(plan.v_stats, parts * 2 * d * kWord);
+  plan.memory = memory_of(*plan.args, kv, call);
+}
+
+Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
+               const Traits& traits) {
+  Plan plan;
+  begin_plan(plan, device, args, variant, traits.pv, kBlock, kKernels[variant.kernels[kAttention]].tile);
+  plan_v(plan, plan.v_vec);
+  cut_keys(plan);
+  place_buffers(plan);
+  if (plan.pv == Pv::kIo && !plan.copy_v) {
+    plan.attend_v = args.v.data;
+    plan.attend_v_strides = plan.v;
+  } else {
+    int64_t head = plan.blocks * kBlock * plan.padded_head_dim;
+    plan.attend_v = plan.kv_at(plan.v8);
+    plan.attend_v_strides = {args.heads_kv * head, head, plan.padded_head_dim, 1};
+  }
+  return plan;
+}
+
+// Parameters with which kv_stats and quantize_kv begin.
+template <typename Sink>
+void pass_statistics(Sink& sink, const Plan& plan) {
+  sink.pointer("K", plan.args->k.data);
+  sink.pointer("V", plan.args->v.data);
+  sink.pointer("KSum", plan.kv_at(plan.k_sum));
+  sink.pointer("VStats", plan.kv_at(plan.v_statistics));
+  sink.pointer("PartBad", plan.kv_at(plan.part_bad));
+  sink.pointer("PartFirst", plan.kv_at(plan.part_first));
+}
+
+template <typename Sink>
+void pass_kv_stats(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  pass_statistics(sink, plan);
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("heads_kv", narrow(args.heads_kv));
+  sink.i32("parts", narrow(plan.parts));
+  sink.i32("part_rows", narrow(plan.part_rows));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("head_dim_v", narrow(args.head_dim_v));
+  sink.i32("v_stats", plan.v_stats);
+  pass_kv_strides(sink, plan);
+}
+
+template <typename Sink>
+void pass_quantize_kv(Sink& sink, const Plan& plan) {
+  pass_statistics(sink, plan);
+  pass_quantized(sink, plan);
+  sink.i32("parts", narrow(plan.parts));
+  sink.i32("part_rows", narrow(plan.part_rows));
+  pass_kv_strides(sink, plan);
+}
+
+template <typename Sink>
+void pass_attention(Sink& sink, const Plan& plan) {
+  pass_queries_and_keys(sink, plan);
+  sink.pointer("V", plan.attend_v);
+  pass_results_and_sizes(sink, plan);
+  sink.i64("v_sb", plan.attend_v_strides.b);
+  sink.i64("v_sh", plan.attend_v_strides.h);
+  sink.i64("v_ss", plan.attend_v_strides.s);
+  pass_query_strides(sink, plan);
+}
+
+template <typename Sink>
+void pass(Sink& sink, const Plan& plan, int role) {
+  switch (role) {
+    case kKvStats:
+      return pass_kv_stats(sink, plan);
+    case kQuantizeKv:
+      return pass_quantize_kv(sink, plan);
+    default:
+      return pass_attention(sink, plan);
+  }
+}
+
+int64_t blocks_of(const Plan& plan, int role) {
+  if (role == kAttention) return plan.tiles * plan.heads_q_total;
+  bool with_v = role == kKvStats ? plan.v_stats : plan.v_jobs;
+  return plan.heads_kv_total * plan.parts * (with_v ? 2 : 1);
+}
+
+Traits read_traits(const VariantEntry& variant) {
+  Traits traits;
+  for (int role = 0; role < kRoleCount; ++role) {
+    bool wanted = std::find(std::begin(kRoles), std::end(kRoles), role) != std::end(kRoles);
+    if (wanted == (variant.kernels[role] >= 0)) continue;
+    traits.defect =
+        concat("row ", kRows[variant.row].id, wanted ? " lacks the kernel" : " has a kernel", " of role ", role);
+    return traits;
+  }
+  const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
+  traits.pv = tiled::pv_of(attention, "V");
+  sagert_attention_args args{};
+  args.heads_q = args.heads_kv = 1;
+  Plan plan;
+  plan.args = &args;
+  plan.pv = traits.pv;
+  for (int role : kRoles) {
+    const KernelEntry& entry = kKernels[variant.kernels[role]];
+    ParameterList list;
+    pass(list, plan, role);
+    traits.defect = role == kKvStats ? tiled::defect_of(entry, list) : tiled::defect_of(entry, list, traits.pv);
+    if (traits.defect.empty() && entry.tile % kBlock != 0) {
+      traits.defect = concat("kernel ", entry.file, " has tile ", entry.tile);
+    }
+    if (!traits.defect.empty()) return traits;
+  }
+  if (tiled::pv_of(kKernels[variant.kernels[kQuantizeKv]], "V8") != traits.pv) {
+    traits.defect = concat("kernel ", attention.file, " does not read V as quantize_kv leaves it");
+  }
+  return traits;
+}
+
+class Mma : public Family {
+ public:
+  Mma() {
+    for (int32_t i = 0; i < kVariantCount; ++i) {
+      bool mine = std::string(kRows[kVariants[i].row].family) == "mma";
+      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
+    }
+  }
+
+  uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
+    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).memory.workspace_size);
+  }
+
+  KvSize kv_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
+    Plan plan = make_plan(device, args, kVariants[variant], traits(variant));
+    return {plan.memory.kv_size, plan.pv == Pv::kIo && !plan.copy_v};
+  }
+
+  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
+           Phase phase) const override {
+    const VariantEntry& entry = kVariants[variant];
+    Plan plan = make_plan(device, args, entry, traits(variant));
+    check_memory(args, plan.memory, phase);
+    // Everything is made ready before the first launch: a failure leaves nothing half done.
+    CUkernel kernels[kRoleCount] = {};
+    auto needed = [&](int role) { return (phase & (role == kAttention ? kAttend : kPrepareKv)) != 0; };
+    for (int role : kRoles) {
+      if (needed(role)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
+    }
+    for (int role : kRoles) {
+      if (!needed(role)) continue;
+      KernelParameters parameters;
+      pass(parameters, plan, role);
+      bool after_own = role != kKvStats && (phase & kPrepareKv) != 0;
+      launch(driver, kernels[role], kKernels[entry.kernels[role]], blocks_of(plan, role), parameters, args.stream,
+             after_own);
+    }
+  }
+
+ private:
+  const Traits& traits(int32_t variant) const {
+    const Traits& traits = traits_[static_cast<size_t>(variant)];
+    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
+    return traits;
+  }
+
+  std::vector<Traits> traits_;
+};
+
+}  // namespace
+}  // namespace mma
+
+const Family& mma_family() {
+  using mma::Mma;
+  static const Mma* instance = new Mma;
+  return *instance;
+}
+
+}  // namespace sagert

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tiled.h"
+
+#include <algorithm>
+
+#include "../error.h"
+#include "../request.h"
+
+namespace sagert {
+namespace tiled {
+namespace {
+
+constexpr int64_t kKeyGroups = 4;                        // of a block, each with a scale of its own
+constexpr int64_t kVectorElements = 8;                   // what vector loads need strides to be multiples of
+constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
+
+// Query heads whose keys and values stay in half of L2 together, whole groups of them.
+int64_t section_of(const Plan& plan, const Device& device) {
+  int64_t l2 = device.l2_bytes > 0 ? device.l2_bytes / 2 : kSectionBytesMax;
+  int64_t bytes_per_head = plan.blocks * plan.block * plan.padded_head_dim * (plan.pv == Pv::kIo ? 1 + kHalf : 2);
+  int64_t heads_kv = std::max(std::min(l2, kSectionBytesMax) / bytes_per_head, int64_t{1});
+  int64_t group = plan.args->heads_q / plan.args->heads_kv;
+  return std::min(heads_kv * group, plan.heads_q_total);
+}
+
+}  // namespace
+
+Pv pv_of(const KernelEntry& kernel, const char* name) {
+  std::string type = pointee(kernel.signature, name);
+  return type == "fp8e4nv" ? Pv::kFp8 : type == "i8" ? Pv::kInt8 : Pv::kIo;
+}
+
+void begin_plan(Plan& plan, const Device& device, const sagert_attention_args& args, const VariantEntry& variant, Pv pv,
+                int64_t block, int64_t tile) {
+  plan.args = &args;
+  plan.pv = pv;
+  plan.block = block;
+  plan.padded_head_dim = variant.head_dim;
+  // Without keys one block of padding is still quantized, so that attention finds defined scales.
+  plan.blocks = std::max(ceil_div(args.seqlen_k, block), int64_t{1});
+  plan.heads_kv_total = args.batch * args.heads_kv;
+  plan.heads_q_total = args.batch * args.heads_q;
+  plan.tiles = ceil_div(args.seqlen_q, tile);
+  plan.section = section_of(plan, device);
+  static_cast<Operands&>(plan) = operands_of(args, plan.padded_head_dim, kVectorElements);
+  plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
+  plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
+}
+
+void plan_v(Plan& plan, bool readable) {
+  const sagert_attention_args& args = *plan.args;
+  bool direct = readable && args.v.data != nullptr && args.seqlen_k > 0;
+  plan.copy_v = plan.pv == Pv::kIo && !direct;
+  // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are.
+  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0 || has_quantized_kv(args);
+  plan.v_jobs = plan.v_stats || plan.copy_v;
+}
+
+void reserve_quantized(Plan& plan, Layout& kv) {
+  int64_t d = plan.padded_head_dim;
+  int64_t heads = plan.heads_kv_total;
+  int64_t blocks = heads * plan.blocks;
+  bool quantized_v = plan.pv != Pv::kIo;
+  plan.k8 = kv.reserve(true, blocks * plan.block * d);
+  plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
+  plan.k_shift = kv.reserve(true, heads * d * kWord);
+  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * (quantized_v ? 1 : kHalf));
+  plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
+  plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);
+  plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);
+  plan.head_flags = kv.reserve(true, heads * 2 * kWord);
+}
+
+std::string defect_of(const KernelEntry& entry, const ParameterList& list) {
+  if (!matches_signature(list.text(), entry.signature)) {
+    return concat("kernel ", entry.file, " takes (", entry.signature, "), but this library passes (", list.text(), ")");
+  }
+  return "";
+}
+
+std::string defect_of(const KernelEntry& entry, const ParameterList& list, Pv pv) {
+  if (pv != Pv::kIo && pointee(entry.signature, "VScale") != (pv == Pv::kInt8 ? "bf16" : "fp32")) {
+    return concat("kernel ", entry.file, " has scales of V in ", pointee(entry.signature, "VScale"));
+  }
+  return defect_of(entry, list);
+}
+
+}  // namespace tiled
+}  // namespace sagert

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schedule for products that become part of O outside the tensor core: those of a step of keys come in integers (V in
+// INT8), or in a type too coarse to hold O. A warp takes one step after the other; the block's other warps compute
+// while it waits.
+//
+// P in unsigned bytes has the row's largest weight in each step at 255, V a scale per step and channel: in each step
+// both use all their bits. The weights' sums are those of the bytes.
+#pragma once
+
+#include "ptx/half2.cuh"
+#include "warp.cuh"
+
+namespace sagert {
+
+constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
+constexpr float kPStep = 1.f / 255.f;
+constexpr float kLargest = 14.f;         // a step's largest weight, relative to the maximum that O refers to, in log2
+constexpr uint32_t kHalf1024 = 0x6400u;  // fp16 with a last bit of 1
+constexpr int kParts = kStep / 32;       // of 32 keys, that an instruction takes
+using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
+
+struct FoldWarp : Warp {
+  using Warp::Warp;
+  float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
+  Weights weights;
+
+  // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte would
+  // carry.
+  __device__ __forceinline__ void reduce(int stage) {
+    int t = threadIdx.x;
+    forget(t);
+    const float k_scale = load_shared_f32(SAGERT_AT(base, k_scale) + stage * 16 + (t & 3) * 4);
+    float q_scale[kR], highest[kR], weight[kR];
+    const uint32_t rows = base + (t >> 2) * (4 * kR);
+    load_shared(q_scale, SAGERT_AT(rows, q_scale));
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
+      const int top = row_top(r);
+      highest[r] = quad_max(top == kMasked ? kLowest : __fmul_ru(__int_as_float(top) - kRound, c[r]));
+    }
+    load_shared(b, SAGERT_AT(rows, maximum));
+    bool within = true;
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      d[r] = __fmaf_rd(-kRound, c[r], __fsub_rd(kLog2PMax, highest[r]));
+      if (highest[r] == kLowest) d[r] = 0.f;  // no key is seen: masked scores are to vanish beside d
+      within = within & highest[r] + b[r] <= kLargest;
+    }
+    if (__any_sync(~0u, !within)) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) advance_maximum(r, highest[r]);
+      if (quad() == 0) store_shared(SAGERT_AT(rows, maximum), b);
+    }
+    // A byte's unit, relative to the maximum that O refers to.
+#pragma unroll
+    for (int r = 0; r < kR; ++r) weight[r] = exp2_approx(highest[r] + b[r]) * kPStep;
+    if ((t & 3) == 0) store_shared(SAGERT_AT(rows, weight), weight);
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void advance_maximum(int r, float highest) {
+    const float next = highest + b[r] <= kLargest ? b[r] : -highest;
+    const float alpha = exp2_approx(next - b[r]);
+    b[r] = next;
+    sum[r] *= alpha;
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      o[r / 2][j][r % 2 * 2] *= alpha;
+      o[r / 2][j][r % 2 * 2 + 1] *= alpha;
+    }
+  }
+
+  // Bytes of register `i` of the A fragment of a part, and their sum. In fp16, where 1024 is added, the last bits are the
+  // integer.
+  __device__ __forceinline__ void weigh(int part, int m, int i, uint32_t& bytes) {
+    const int r = 2 * m + i % 2;
+    uint32_t pairs[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int32_t* x = &scores[m][4 * part + i / 2 * 2 + n][i % 2 * 2];
+      const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
+      const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
+      pairs[n] = half2_add(to_fp16x2(first, second), kHalf1024 << 16 | kHalf1024);
+    }
+    weights[part][m][i] = __byte_perm(pairs[0], pairs[1], 0x6420);
+    bytes = __dp4a(weights[part][m][i], 0x01010101u, bytes);
+  }
+
+  __device__ __forceinline__ void weigh_all(float (&weight)[kR]) {
+    uint32_t bytes[kR];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) bytes[r] = kMagic;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4 * kM; ++i) weigh(part, i / 4, i % 4, bytes[i / 4 * 2 + i % 2]);
+    }
+    int t = threadIdx.x;
+    forget(t);
+    load_shared(weight, SAGERT_AT(base, weight) + (t >> 2) * (4 * kR));
+#pragma unroll
+    for (int r = 0; r < kR; ++r) sum[r] = fmaf(__uint_as_float(bytes[r]) - kRound, weight[r], sum[r]);
+  }
+
+  // Products of 8 channels, from kRound on, to O.
+  __device__ __forceinline__ void multiply_v(int j, uint32_t address, uint32_t scales, const float (&weight)[kR]) {
+    uint32_t fragments[4];
+    load_matrices(fragments, address + j * 8 * kVRowBytes);
+    const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
+    constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+    int32_t products[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) mma_u8s8(products[m], weights[0][m], fragments[0], fragments[1], magic);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      mma_u8s8(products[m], weights[1][m], fragments[2], fragments[3], products[m]);
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float x = __int_as_float(products[m][i]) - kRound;
+        o[m][j][i] = fmaf(x, scale[i % 2] * weight[2 * m + i / 2], o[m][j][i]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void attend_step(int step, int stage) {
+    multiply_k(stage);
+    mask(step);
+    reduce(stage);
+    float weight[kR];
+    weigh_all(weight);
+    const uint32_t v_address = v_lane + stage * kVTileBytes;
+    const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; j += 4) {
+      float four[4];
+      load_shared(four, scales + j * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) multiply_v(j + i, v_address, __float_as_uint(four[i]), weight);
+      if (j == 0) copy(step - kAhead);
+    }
+  }
+
+  static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
+
+  __device__ __forceinline__ void copy(int step) {
+    int thread = threadIdx.x;
+    forget(thread);  // what depends on it would take registers over all steps
+    const Copies copies{p, base, static_cast<unsigned>(thread)};
+    copies.copy_k(step, stage_of(step));
+    copies.copy_v(step, stage_of(step));
+    async_copy_commit();
+  }
+
+  __device__ __forceinline__ void attend() {
+    if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
+    __syncthreads();
+    float scale[kR];
+    if (!p.q_vec) stage_all(scale);
+    int step = s.tile.steps - 1;
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) copy(step - i);
+    begin(scale);
+    place();
+    store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
+    __syncwarp();
+#pragma unroll 1
+    for (; step >= 0; --step) {
+      async_copy_wait_group<kAhead - 1>();
+      __syncthreads();
+      if (step < steps) {
+        attend_step(step, stage_of(step));
+      } else {
+        copy(step - kAhead);
+      }
+    }
+    async_copy_wait_group<0>();
+    load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
+    write();
+  }
+};
+
+}  // namespace sagert

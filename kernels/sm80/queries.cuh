@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Queries: each warp quantizes its own rows to the A fragments of Q K^T, one scale per row.
+#pragma once
+
+#include "rows.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+using QueryFragments = uint32_t[kM][kHeadDim / 32][4];
+
+// Copies 16 queries from `row` on, of any strides and any number of channels, to this warp's room in shared memory,
+// padded with zeros.
+__device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* queries, int row, int end,
+                                              uint16_t* staged) {
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < 16 * kHeadDim; i += 32) {
+    const int r = row + i / kHeadDim, d = i % kHeadDim;
+    staged[i] = r < end && d < p.head_dim ? queries[r * p.q_ss + d * p.q_sd] : uint16_t{0};
+  }
+  __syncwarp();
+}
+
+// Row r of the tile, as half h of fragment m. Returns its scale. The LSE needs the queries' product with K's shift, which
+// the scores lack: it waits where the LSE will stand.
+__device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside, int quad,
+                                              int r, QueryFragments& q, int m, int h, const float* shift) {
+  constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
+  constexpr int kVectors = kHeadDim / 16;      // of 4 channels, that a lane has of a row
+  uint2 x[kVectors];
+  uint32_t pair = 0;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    x[i] = inside ? *reinterpret_cast<const uint2*>(row + 16 * i + 4 * quad) : make_uint2(0, 0);
+    pair = __vmaxu2(__vmaxu2(pair, x[i].x & kMagnitude), x[i].y & kMagnitude);
+  }
+  const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
+  float product = 0.f;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    q[m][i / 2][i % 2 * 2 + h] = quantize4(x[i].x, x[i].y, scale.inverse);
+    if (shift != nullptr) {
+      const float4 four = __ldg(reinterpret_cast<const float4*>(shift + 16 * i + 4 * quad));
+      product = fmaf(low_io(x[i].x), four.x, fmaf(high_io(x[i].x), four.y, product));
+      product = fmaf(low_io(x[i].y), four.z, fmaf(high_io(x[i].y), four.w, product));
+    }
+  }
+  product = row_sum(product);
+  if (shift != nullptr && quad == 0 && inside) {
+    p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + tile.row + r] = product * p.scale_log2;
+  }
+  return scale.scale;
+}
+
+// Fragment m of this warp's, whose first row is `row` of the tile; lane t's first one stands at `queries`.
+__device__ __forceinline__ void quantize_queries(const Params& p, const Tile& tile, const uint16_t* queries,
+                                                 int64_t stride, int row, int m, QueryFragments& q,
+                                                 float (&scale)[2 * kM]) {
+  const float* shift = p.write_lse ? p.k_shift + static_cast<int64_t>(tile.head / p.group) * kHeadDim : nullptr;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = row + threadIdx.x % 32 / 4 + 8 * h;
+    const bool inside = tile.row + r < p.seqlen_q;
+    scale[2 * m + h] = quantize_row(p, tile, queries + 8 * h * stride, inside, threadIdx.x % 4, r, q, m, h, shift);
+  }
+}
+
+}  // namespace sagert

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an attention block of the mma.sync family is given and shares: parameters, order of tiles, shared memory.
+#pragma once
+
+#include "integers.cuh"
+#include "ptx/async_copy.cuh"
+#include "ptx/shared.cuh"
+#include "quantize.cuh"
+
+namespace sagert {
+using namespace ptx;
+
+constexpr int kHeadDim = HEAD_DIM;
+constexpr bool kCausal = CAUSAL;
+constexpr int kStages = STAGES;    // steps of keys in shared memory, a power of 2
+constexpr int kBarrier = BARRIER;  // steps from one barrier to the next
+constexpr int kAhead = kStages - kBarrier;  // steps that copies are ahead
+constexpr int kWarps = WARPS;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kRows = ROWS;                  // queries of a tile
+constexpr int kM = kRows / (16 * kWarps);    // fragments of 16 queries of a warp
+constexpr int kBlock = 64;                   // keys that share scales
+constexpr int kStep = STEP;                  // keys that a warp takes at a time
+constexpr int kStepTiles = kStep / 8;        // fragments of 8 keys
+constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
+// V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
+enum class V { kFp8, kInt8, kIo };
+#if V_I8
+constexpr V kV = V::kInt8;
+using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
+#elif V_FP8E4NV
+constexpr V kV = V::kFp8;
+using VScaleType = float;  // of a channel
+#else
+constexpr V kV = V::kIo;
+using VScaleType = float;  // none
+#endif
+// Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
+constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
+constexpr int kQueryPartsShared = kV != V::kIo && kHeadDim == 128 && kM == 2 ? QSHARED : 0;
+constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
+constexpr int kKTileBytes = kStep * kHeadDim;
+constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
+
+struct Params {
+  const uint16_t* q;
+  const int8_t* k8;
+  const float* k_scale;
+  const int* k_bad;
+  const float* k_shift;
+  const int8_t* v;
+  const VScaleType* v_scale;
+  const float* v_mean;
+  const int* v_first;
+  const int* head_flags;
+  uint16_t* out;
+  float* lse;
+  float scale_log2;  // softmax scale times log2(e)
+  int seqlen_q, seqlen_k, blocks, heads_q, group, head_dim, head_dim_v, tiles, heads_total, section;
+  int64_t v_sb, v_sh, v_ss, q_sb, q_sh, q_ss, q_sd, o_sb, o_sh, o_ss, o_sd;
+  bool q_vec, o_vec, write_lse;
+};
+
+// kRows queries of one head. Steps of keys are visited from the last one down: the causal diagonal comes first.
+struct Tile {
+  int head;   // b * heads_q + h
+  int row;    // first query
+  int steps;  // that its queries see, a multiple of kBarrier
+};
+
+__device__ __forceinline__ Tile tile_at(const Params& p, int index) {
+  Tile tile;
+  int position;
+  if constexpr (kCausal) {  // longest first, among heads whose keys and values stay in L2 together
+    const int section = index / (p.section * p.tiles);
+    const int first = section * p.section;
+    const int heads = min(p.section, p.heads_total - first);
+    const int rest = index - first * p.tiles;
+    tile.head = first + rest % heads;
+    position = p.tiles - 1 - rest / heads;
+  } else {
+    tile.head = index / p.tiles;
+    position = index % p.tiles;
+  }
+  tile.row = position * kRows;
+  constexpr int kKeys = kStep * kBarrier;
+  tile.steps = (p.seqlen_k + kKeys - 1) / kKeys * kBarrier;
+  if constexpr (kCausal) tile.steps = min(tile.steps, ((tile.row + kRows - 1) / kKeys + 1) * kBarrier);
+  return tile;
+}
+
+struct alignas(128) Shared {
+  int8_t k[kStages][kKTileBytes];
+  int8_t v[kStages][kVTileBytes];
+  float k_scale[kStages][4];
+  uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
+  float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
+  uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
+  float maximum[kV == V::kIo ? 1 : kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
+  // Of the tile and its head: they would take registers over all steps.
+  Tile tile;
+  int full[kWarps];  // steps that need no mask
+  const int8_t *head_k, *head_v;
+  const float* head_k_scale;
+  const VScaleType* head_v_scale;
+};
+// Addresses of what the loop over the keys reads, from the register that holds the address of all.
+#define SAGERT_AT(base, member) \
+  ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
+static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim, "queries do not fit before the keys come");
+
+}  // namespace sagert

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the schedules of a warp share: its queries' fragments, Q K^T, masks, row maxima, and the epilogue.
+#pragma once
+
+#include "copies.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/mma.cuh"
+#include "queries.cuh"
+
+namespace sagert {
+
+constexpr int kR = 2 * kM;  // rows of a lane: row() + 8 r
+constexpr int kMagic = 0x4b400000;     // bits of kRound: integers s added to it are the bits of the float kRound + s
+constexpr int kMasked = -8388609;      // bits of kLowest: score of a key that a query does not see
+constexpr float kLeastScale = 1e-30f;  // a masked score times this is still far below every other
+using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
+
+__device__ __forceinline__ void mma_io(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if SAGERT_IO_BF16
+  mma_bf16(d, a, b0, b1, d);
+#else
+  mma_f16(d, a, b0, b1, d);
+#endif
+}
+
+struct Warp {
+  const Params& p;
+  Shared& s;
+  QueryFragments q;
+  float b[kR];    // exponents are c * score + b: -b is the maximum that the sums and O refer to
+  float sum[kR];  // of the exponentials
+  float o[kM][kChannelTiles][4];
+  Scores scores;
+  uint32_t k_lane, v_lane;  // what this lane gives ldmatrix, in stage 0
+  uint32_t base;            // address of shared memory
+  int steps;                // that this warp's queries see
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
+  static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * (16 * kM); }
+  static __device__ __forceinline__ int row() { return first_row() + lane() / 4; }
+
+  __device__ __forceinline__ Warp(const Params& params, Shared& shared) : p(params), s(shared) {
+    int address = shared_address(&shared);
+    forget(address);  // it would be worked out anew in every step
+    base = address;
+  }
+
+  // What depends on the tile: `s.tile` is there.
+  __device__ __forceinline__ void place() {
+    const int key = lane() % 8;
+    k_lane = SAGERT_AT(base, k) + key * kHeadDim + swizzled<kHeadDim>(lane() / 8, key) * 16;
+    if constexpr (kV == V::kIo) {
+      v_lane = SAGERT_AT(base, v) + lane() % 16 * kVRowBytes + (lane() / 16 ^ key) * 16;
+    } else {
+      v_lane = SAGERT_AT(base, v) + key * kVRowBytes + swizzled<kVRowBytes>(lane() / 8, key) * 16;
+    }
+    const int row = s.tile.row + first_row();
+    int visible = p.seqlen_k;  // keys that all of the warp's queries see
+    steps = s.tile.steps;
+    if constexpr (kCausal) {
+      visible = min(visible, row + 1);
+      steps = min(steps, (row + 16 * kM - 1) / kStep + 1);
+    }
+    if (row >= p.seqlen_q) steps = 0;
+    if (lane() == 0) s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
+    __syncwarp();
+  }
+
+  // The head's K (0) or V (1) holds an infinity or a NaN. Without a mask nobody asks where 16-bit V is not finite, and
+  // the pre-pass does not say.
+  __device__ __forceinline__ bool is_bad(int which) const {
+    if (kV == V::kIo && !kCausal && which == 1) return false;
+    return __ldg(p.head_flags + s.tile.head / p.group * 2 + which) != 0;
+  }
+
+  __device__ __forceinline__ const uint16_t* queries() const {
+    return p.q + s.tile.head / p.heads_q * p.q_sb + s.tile.head % p.heads_q * p.q_sh + s.tile.row * p.q_ss;
+  }
+
+  // Quantizes queries that cannot be read as vectors, through shared memory, before anything else is there.
+  __device__ __forceinline__ void stage_all(float (&scale)[kR]) {
+    uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kHeadDim);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      stage_queries(p, queries(), first_row() + 16 * m, p.seqlen_q - s.tile.row, staged);
+      quantize_queries(p, s.tile, staged + lane() / 4 * kHeadDim, kHeadDim, first_row() + 16 * m, m, q, scale);
+      __syncwarp();
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void begin(float (&scale)[kR]) {
+    if (p.q_vec) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        quantize_queries(p, s.tile, queries() + (row() + 16 * m) * p.q_ss, p.q_ss, first_row() + 16 * m, m, q, scale);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      const bool finite = scale[r] < infinity();
+      sum[r] = finite ? 0.f : nan();
+      if (quad() == 0) s.q_scale[threadIdx.x / 32][lane() / 4][r] = finite ? scale[r] : 0.f;
+      b[r] = -kLowest;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kQueryPartsShared; ++k) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const uint32_t(&x)[4] = q[m][kQueryParts - kQueryPartsShared + k];
+        s.q[k][m][threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int j = 0; j < kChannelTiles; ++j) o[m][j][0] = o[m][j][1] = o[m][j][2] = o[m][j][3] = 0.f;
+    }
+  }
+
+  // Q K^T of a step's keys in `stage`.
+  __device__ __forceinline__ void multiply_k(int stage) {
+    constexpr int own = kQueryParts - kQueryPartsShared;
+    multiply_k_parts<0, own>(stage, q);
+    if constexpr (kQueryPartsShared != 0) multiply_k_shared<own>(stage);
+  }
+
+  // The same of channels whose queries stand in shared memory, from part `first` on.
+  template <int first>
+  __device__ __forceinline__ void multiply_k_shared(int stage) {
+    int t = threadIdx.x;
+    forget(t);
+    QueryFragments two;
+#pragma unroll
+    for (int k = first; k < first + 2; ++k) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const int place = (k - kQueryParts + kQueryPartsShared) * kM + m;
+        load_shared(two[m][k], SAGERT_AT(base, q) + (place * kThreads + t) * 16);
+      }
+    }
+    multiply_k_parts<first, first + 2>(stage, two);
+    if constexpr (first + 2 < kQueryParts) multiply_k_shared<first + 2>(stage);
+  }
+
+  template <int first, int last>
+  __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
+    static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
+    const uint32_t address = k_lane + stage * kKTileBytes;
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n) {
+#pragma unroll
+      for (int k = first; k < last; k += 2) {
+        uint32_t fragments[4];
+        load_matrices(fragments, (address ^ k / 2 * 64) + n * 8 * kHeadDim);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+            const uint32_t(&a)[4] = queries[m][k + i];
+            if (k + i == 0) {
+              mma_s8(scores[m][n], a, fragments[0], fragments[1], magic);
+            } else {
+              mma_s8(scores[m][n], a, fragments[2 * i], fragments[2 * i + 1], scores[m][n]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Bits of the largest score of a lane's row r.
+  __device__ __forceinline__ int row_top(int r) const {
+    const int m = r / 2, h = r % 2 * 2;
+    int top = max(scores[m][0][h], scores[m][0][h + 1]);
+#pragma unroll
+    for (int n = 1; n < kStepTiles; ++n) top = max(max(top, scores[m][n][h]), scores[m][n][h + 1]);
+    return top;
+  }
+
+  // Masks the lane's row r in a step that holds the end of the keys, the causal diagonal, or bad keys. The score of a
+  // visible bad key is -inf, or +inf or NaN: that ends the row.
+  __device__ __forceinline__ void mask_row(int r, int step, uint32_t bad) {
+    int limit = p.seqlen_k - step * kStep;
+    if constexpr (kCausal) limit = min(limit, s.tile.row + row() + 8 * r + 1 - step * kStep);
+    const uint32_t hidden = keys_beyond<kStep>(limit, quad());
+    bool undefined = false;
+#pragma unroll
+    for (int n = 0; n < kStep / 4; ++n) {
+      int& x = scores[r / 2][n / 2][r % 2 * 2 + n % 2];
+      if (bad >> n & ~hidden >> n & 1) undefined = undefined || x >= kMagic;
+      if ((hidden | bad) >> n & 1) x = kMasked;
+    }
+    if (undefined) sum[r] = nan();
+  }
+
+  // This lane's keys of a step that hold an infinity or a NaN, bits as in keys_beyond().
+  __device__ __forceinline__ uint32_t bad_keys(int step) const {
+    if (!is_bad(0)) return 0;
+    const int64_t block = static_cast<int64_t>(s.tile.head / p.group) * p.blocks + step * kStep / kBlock;
+    return p.k_bad[block * 4 + quad()] >> step * kStep % kBlock / 4;
+  }
+
+  // Masks a step that holds the end of the keys, the causal diagonal, or bad keys.
+  __device__ __forceinline__ void mask(int step) {
+    int t = threadIdx.x;
+    forget(t);
+    if (step < load_shared_s32(SAGERT_AT(base, full) + (t >> 5) * 4)) return;
+    const uint32_t bad = bad_keys(step);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) mask_row(r, step, bad);
+  }
+
+  __device__ __forceinline__ void write() {
+    float inverse[kR];
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      sum[r] = row_sum(sum[r]);
+      inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / sum[r];
+      const int query = s.tile.row + row() + 8 * r;
+      if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
+        float& lse = p.lse[static_cast<int64_t>(s.tile.head) * p.seqlen_q + query];
+        lse = kLn2 * (__log2f(sum[r]) - b[r] + lse);
+      }
+    }
+    const int64_t channels = static_cast<int64_t>(s.tile.head / p.group) * kHeadDim + 2 * quad();
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
+      if constexpr (kV == V::kFp8) {
+        scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
+      }
+      if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        float* x = &o[r / 2][j][r % 2 * 2];
+        x[0] = fmaf(x[0] * inverse[r], scale.x, mean.x);
+        x[1] = fmaf(x[1] * inverse[r], scale.y, mean.y);
+      }
+    }
+    if (is_bad(1)) add_nonfinite();
+    uint16_t* out = p.out + s.tile.head / p.heads_q * p.o_sb + s.tile.head % p.heads_q * p.o_sh;
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      const int query = s.tile.row + row() + 8 * r;
+      uint16_t* place = out + query * p.o_ss;
+      auto pair = [&](int j) { return to_io2(o[r / 2][j][r % 2 * 2], o[r / 2][j][r % 2 * 2 + 1]); };
+      if (p.o_vec) {
+        store_row<kHeadDim>(place, quad(), query < p.seqlen_q, pair);
+      } else if (query < p.seqlen_q) {
+#pragma unroll
+        for (int j = 0; j < kChannelTiles; ++j) {
+          const int d = 8 * j + 2 * quad();
+          const uint32_t two = pair(j);
+          if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(two);
+          if (d + 1 < p.head_dim_v) place[(d + 1) * p.o_sd] = static_cast<uint16_t>(two >> 16);
+        }
+      }
+    }
+  }
+
+  // Infinities and NaN of V were left out: each reaches exactly the rows that see its key.
+  __device__ __forceinline__ void add_nonfinite() {
+    const int* first = p.v_first + static_cast<int64_t>(s.tile.head / p.group) * 2 * kHeadDim + 2 * quad();
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2 * kR; ++i) {
+        const int d = 8 * j + i % 2;
+        int seen = p.seqlen_k - 1;
+        if constexpr (kCausal) seen = min(seen, s.tile.row + row() + 8 * (i / 2));
+        float& x = o[i / 4][j][i % 4];
+        if (first[d] <= seen) x += infinity();
+        if (first[kHeadDim + d] <= seen) x -= infinity();
+      }
+    }
+  }
+};
+
+}  // namespace sagert

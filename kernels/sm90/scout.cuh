@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// A scout: one warp for each consumer warpgroup, a tile ahead of it. It works out what the group has to do there, which
+// takes divisions, and has the group's queries copied to shared memory.
+#pragma once
+
+#include "ptx/async_copy.cuh"
+#include "ptx/pdl.cuh"
+#include "queries.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+// The end of the blocks that queries up to `row` + 63 see, were there no parts.
+__device__ __forceinline__ int end_of_keys(const Params& p, int row) {
+  return kCausal ? min(p.blocks, (row + 63) / kBlock + 1) : p.blocks;
+}
+
+// What warpgroup `group` has to do at a tile.
+__device__ __forceinline__ void write_task(const Params& p, const Tile& tile, int group, Task& task) {
+  const int head_kv = tile.head / p.group, row = tile.row + group * 64;
+  const int2 flags = __ldg(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
+  const int end_of_group = end_of_keys(p, row);
+  int end = tile.end;
+  if constexpr (kV != V::kInt8) {  // those take all blocks of a tile together
+    end = row < p.seqlen_q ? max(min(end, end_of_group), tile.begin) : tile.begin;
+  }
+  const bool ragged = kCausal ? end == end_of_group : end * kBlock > p.seqlen_k;
+  task.head = tile.head;
+  task.head_kv = head_kv;
+  task.row = row;
+  task.skipped = tile.end - end;
+  task.end = end;
+  task.begin = tile.begin;
+  task.masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
+  task.k_bad = flags.x;
+  // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
+  task.v_bad = kV == V::kIo && !kCausal ? 0 : flags.y;
+  task.out = tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh + row * p.o_ss;
+}
+
+// Starts to copy 64 queries of a head, from `row` on, to `raw`; zeros stand for those there are not.
+__device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int head, int row) {
+  constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row
+  int step = 32 / kChunks;               // rows at a time
+  forget(step);                          // its product with the stride would be kept, and registers are short
+  const int lane = thread_index() % 32, last = p.seqlen_q - row;
+  const uint16_t* source = queries_of(p, head, row + lane / kChunks) + lane % kChunks * 8;
+#pragma unroll 1
+  for (int r = lane / kChunks; r < 64; r += step) {
+    async_copy16(shared_address(raw + r * kChunks + lane % kChunks), r < last ? source : p.q, r < last);
+    source += step * p.q_ss;
+  }
+}
+
+// Goes ahead of warpgroup `group`.
+__device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
+  const uint32_t full = shared_address(&s.full_q[group]);
+  for_each_tile(p, [&](int index, int turn) {
+    const Tile tile = tile_at(p, index);
+    // The group has read the queries of the tile before, and is done with the one before that.
+    mbarrier_wait(shared_address(&s.empty_q[group]), turn & 1 ^ 1);
+    if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
+    async_copy_arrive(full);
+    wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
+    if (thread_index() % 32 == 0) {
+      write_task(p, tile, group, s.tasks[group][turn & 1]);
+      mbarrier_arrive(full);
+    }
+  });
+}
+
+}  // namespace sagert
