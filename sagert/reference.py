@@ -40,8 +40,7 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
 TILED_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
 PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
-TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off
-FAMILIES = ("portable", *TILED)  # CPU tensors run on the first
+TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off; CPU tensors run on "portable"
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 
@@ -70,12 +69,12 @@ class KeyValues(NamedTuple):
 
 def _recipe(precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None) -> Recipe:
     """A recipe that has a reference; ValueError for others. P in bytes fixes its blocks of keys."""
-    if precision not in PRECISIONS or family not in FAMILIES:
-        known = f"{', '.join(PRECISIONS)} in {', '.join(FAMILIES)}"
-        raise ValueError(f"precision={precision!r} has no reference in family={family!r}: use one of {known}")
-    if precision == "int8_int8":
-        block_n = V_BLOCK if family == "portable" else None
-    return Recipe(precision, smooth_k, family, block_n or BLOCKS[family])
+    if precision not in PRECISIONS or family not in BLOCKS:
+        raise ValueError(
+            f"precision={precision!r} in family={family!r} has no reference: use {PRECISIONS} in {[*BLOCKS]}"
+        )
+    blocks = BLOCKS | ({"portable": V_BLOCK} if precision == "int8_int8" else {})
+    return Recipe(precision, smooth_k, family, blocks[family] if precision == "int8_int8" or not block_n else block_n)
 
 
 def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -174,7 +173,6 @@ def _sections(
 def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) -> Tensor:
     """K [B, Hk, Sk, D] and V [B, Hk, Sk, Dv] quantized by the portable recipe: uint8 [kv_bytes(...)]."""
     recipe = _recipe(precision, smooth_k)
-    encode = encode_v_int8 if precision == "int8_int8" else encode_v_fp8
     b, h, s, d = k.shape
     data = torch.empty(kv_bytes(b, h, s, d, v.shape[3], precision), dtype=torch.uint8, device=k.device)
     if s == 0:
@@ -188,7 +186,7 @@ def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) 
             if precision != "int8_fp16":
                 v_scale, k8, v8 = rest
                 v_scale.copy_(kv.v_scale[0])
-                v8.copy_(encode(kv.v[0], values[0].float()))
+                v8.copy_((encode_v_int8 if precision == "int8_int8" else encode_v_fp8)(kv.v[0], values[0].float()))
             else:
                 (k8,) = rest
             k8.copy_(kv.k[0])
