@@ -70,9 +70,7 @@ class KeyValues(NamedTuple):
 def _recipe(precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None) -> Recipe:
     """A recipe that has a reference; ValueError for others. P in bytes fixes its blocks of keys."""
     if precision not in PRECISIONS or family not in BLOCKS:
-        raise ValueError(
-            f"precision={precision!r} in family={family!r} has no reference: use {PRECISIONS} in {[*BLOCKS]}"
-        )
+        raise ValueError(f"{precision=} in {family=} has no reference: use one of {PRECISIONS} in {[*BLOCKS]}")
     blocks = BLOCKS | ({"portable": V_BLOCK} if precision == "int8_int8" else {})
     return Recipe(precision, smooth_k, family, blocks[family] if precision == "int8_int8" or not block_n else block_n)
 
