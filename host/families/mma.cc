@@ -26,6 +26,7 @@ constexpr int kRoles[] = {kKvStats, kQuantizeKv, kAttention};  // in launch orde
 constexpr int64_t kBlock = 64;                                 // keys per block of quantized K and V
 constexpr int64_t kStepKeys = 128;                             // that the pre-pass takes at a time
 constexpr int64_t kStatistics = 4;                             // of a channel of V
+constexpr int64_t kRowStrideMax = int64_t{1} << 24;            // of V that attention reads; other V is copied
 
 // What the signatures of a variant's kernels say.
 struct Traits {
@@ -70,7 +71,7 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
                const Traits& traits) {
   Plan plan;
   begin_plan(plan, device, args, variant, traits.pv, kBlock, kKernels[variant.kernels[kAttention]].tile);
-  plan_v(plan, plan.v_vec);
+  plan_v(plan, plan.v_vec && plan.v.s >= 0 && plan.v.s < kRowStrideMax);
   cut_keys(plan);
   place_buffers(plan);
   if (plan.pv == Pv::kIo && !plan.copy_v) {

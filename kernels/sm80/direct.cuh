@@ -25,12 +25,13 @@ struct DirectWarp : Warp {
   __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
 
   // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
-  __device__ __forceinline__ void reduce(int step, int stage) {
+  __device__ __forceinline__ void reduce(int step, float k_scale) {
     int t = threadIdx.x;
     forget(t);
-    const float k_scale = load_shared_f32(SAGERT_AT(base, k_scale) + stage * 16 + (t & 3) * 4);
     float q_scale[kR], x[kR];
-    load_shared(q_scale, SAGERT_AT(base, q_scale) + (t >> 2) * (4 * kR));
+    const uint32_t rows = base + (t >> 2) * (4 * kR);
+    load_shared(q_scale, SAGERT_AT(rows, q_scale));
+    load_shared(b, SAGERT_AT(rows, maximum));
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
@@ -42,6 +43,8 @@ struct DirectWarp : Warp {
     if (__any_sync(~0u, x[0] > kLargest) && step >= 0) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
+      if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
+      __syncwarp();
     }
   }
 
@@ -72,10 +75,13 @@ struct DirectWarp : Warp {
     weights[chunk][m][a] = to_io2(first, second);
   }
 
-  // Adds 16 channels of the product of a chunk's weights and the values of a stage to O.
-  __device__ __forceinline__ void multiply_v(int chunk, int unit, uint32_t address) {
-    uint32_t fragments[4];
+  // Values of 16 channels and a chunk of keys.
+  static __device__ __forceinline__ void load_v(uint32_t (&fragments)[4], int chunk, int unit, uint32_t address) {
     load_matrices_transposed(fragments, (address ^ unit % 4 * 32) + unit / 4 * 128 + chunk * 16 * kVRowBytes);
+  }
+
+  // Adds their product with the chunk's weights to O.
+  __device__ __forceinline__ void multiply_v(const uint32_t (&fragments)[4], int chunk, int unit) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -87,19 +93,24 @@ struct DirectWarp : Warp {
 
   // A step, whose maxima are known: its weights and their product with the values, and the scores of the step below.
   __device__ __forceinline__ void attend_step(int step, int stage) {
+    const float k_scale = load_k_scale(step - 1);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
       for (int i = 0; i < kPairs; ++i) weigh(chunk, i);
     }
     multiply_k(stage);
+    const uint32_t v_address = v_lane + stage * kVTileBytes;
+    uint32_t fragments[4];
+    load_v(fragments, 0, 0, v_address);
     mask(step - 1);
 #pragma unroll
     for (int i = 0; i < kChunks * kUnits; ++i) {
-      multiply_v(i / kUnits, i % kUnits, v_lane + stage * kVTileBytes);
-      if (i == kUnits / 2) copy(step - kAhead);
+      if (i > 0) load_v(fragments, i / kUnits, i % kUnits, v_address);
+      multiply_v(fragments, i / kUnits, i % kUnits);
+      if (i == kUnits / 2) copy_next(step - kAhead);
     }
-    reduce(step - 1, stage);
+    reduce(step - 1, k_scale);
   }
 
   // Zeroes the infinities and NaN of a stage's 16-bit V, which would reach even queries that do not see them;
@@ -122,13 +133,29 @@ struct DirectWarp : Warp {
   // A stage holds a step's values and the keys of the step below it.
   static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
 
-  __device__ __forceinline__ void copy(int step) {
+  __device__ __forceinline__ Copies copies() const {
     int thread = threadIdx.x;
     forget(thread);  // what depends on it would take registers over all steps
-    const Copies copies{p, base, static_cast<unsigned>(thread)};
-    copies.copy_k(step - 1, stage_of(step));
-    copies.copy_v(step, stage_of(step));
+    return {p, base, static_cast<unsigned>(thread)};
+  }
+
+  __device__ __forceinline__ void copy(int step) {
+    copies().copy_k(step - 1, stage_of(step));
+    copies().copy_v(step, stage_of(step));
     async_copy_commit();
+  }
+
+  __device__ __forceinline__ void copy_next(int step) {
+    copies().copy(step - 1, step, stage_of(step));
+    async_copy_commit();
+  }
+
+  // The scores of the warp's first step, whose keys are in the stage of `step`.
+  __device__ __forceinline__ void start(int step) {
+    const float k_scale = load_k_scale(step - 1);
+    multiply_k(stage_of(step));
+    mask(step - 1);
+    reduce(step - 1, k_scale);
   }
 
   __device__ __forceinline__ void attend() {
@@ -137,38 +164,43 @@ struct DirectWarp : Warp {
     float scale[kR];
     if (!p.q_vec) stage_all(scale);
     int step = s.tile.steps;
+    // The last keys may be missing only in the steps copied here.
 #pragma unroll 1
-    for (int i = 0; i < kAhead; ++i) copy(step - i);
+    for (int i = 0; i <= kAhead; ++i) copy(step - i);
     begin(scale);
     place();
+    store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
+    __syncwarp();
     const bool v_bad = is_bad(1);
-    async_copy_wait_group<kAhead - 1>();
+    async_copy_wait_group<kAhead>();
     __syncthreads();
-    // The first step, which no warp's queries see, has but the keys of the next one.
+    if (step == steps) start(step);
 #pragma unroll 1
-    for (; step >= 0; --step) {
-      const int stage = stage_of(step);
-      if ((step + 1) % kBarrier == 0) {
-        async_copy_wait_group<kAhead - kBarrier>();
-        __syncthreads();
-        if (v_bad) {
+    for (--step; step >= 0; step -= kBarrier) {
+      async_copy_wait_group<kAhead - kBarrier>();
+      __syncthreads();
+      if (v_bad) {
 #pragma unroll
-          for (int i = 0; i < kBarrier; ++i) clear_nonfinite(stage_of(step - i));
-          __syncthreads();
-        }
+        for (int i = 0; i < kBarrier; ++i) clear_nonfinite(stage_of(step - i));
+        __syncthreads();
       }
-      if (step < steps) {
-        attend_step(step, stage);
-      } else {
-        copy(step - kAhead);
-        if (step == steps) {
-          multiply_k(stage);
-          mask(step - 1);
-          reduce(step - 1, stage);
+#if UNROLL
+#pragma unroll
+#else
+#pragma unroll 1
+#endif
+      for (int i = 0; i < kBarrier; ++i) {
+        const int now = step - i;
+        if (!kCausal || __all_sync(~0u, now < steps)) {
+          attend_step(now, stage_of(now));
+        } else {
+          copy_next(now - kAhead);
+          if (now == steps) start(now);
         }
       }
     }
     async_copy_wait_group<0>();
+    load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
     write();
   }
 };

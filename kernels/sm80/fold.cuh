@@ -26,10 +26,9 @@ struct FoldWarp : Warp {
 
   // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte would
   // carry.
-  __device__ __forceinline__ void reduce(int stage) {
+  __device__ __forceinline__ void reduce(float k_scale) {
     int t = threadIdx.x;
     forget(t);
-    const float k_scale = load_shared_f32(SAGERT_AT(base, k_scale) + stage * 16 + (t & 3) * 4);
     float q_scale[kR], highest[kR], weight[kR];
     const uint32_t rows = base + (t >> 2) * (4 * kR);
     load_shared(q_scale, SAGERT_AT(rows, q_scale));
@@ -50,7 +49,7 @@ struct FoldWarp : Warp {
     if (__any_sync(~0u, !within)) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_maximum(r, highest[r]);
-      if (quad() == 0) store_shared(SAGERT_AT(rows, maximum), b);
+      if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
     }
     // A byte's unit, relative to the maximum that O refers to.
 #pragma unroll
@@ -108,6 +107,7 @@ struct FoldWarp : Warp {
     uint32_t fragments[4];
     load_matrices(fragments, address + j * 8 * kVRowBytes);
     const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
+    const float offset[2] = {-kRound * scale[0], -kRound * scale[1]};
     constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
     int32_t products[kM][4];
 #pragma unroll
@@ -120,16 +120,23 @@ struct FoldWarp : Warp {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+#if FOLD == 0
         const float x = __int_as_float(products[m][i]) - kRound;
         o[m][j][i] = fmaf(x, scale[i % 2] * weight[2 * m + i / 2], o[m][j][i]);
+#else
+        // kRound times a scale in bf16 is exact.
+        const float x = fmaf(__int_as_float(products[m][i]), scale[i % 2], offset[i % 2]);
+        o[m][j][i] = fmaf(x, weight[2 * m + i / 2], o[m][j][i]);
+#endif
       }
     }
   }
 
   __device__ __forceinline__ void attend_step(int step, int stage) {
+    const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce(stage);
+    reduce(k_scale);
     float weight[kR];
     weigh_all(weight);
     const uint32_t v_address = v_lane + stage * kVTileBytes;
@@ -140,18 +147,26 @@ struct FoldWarp : Warp {
       load_shared(four, scales + j * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) multiply_v(j + i, v_address, __float_as_uint(four[i]), weight);
-      if (j == 0) copy(step - kAhead);
+      if (j == 0) copy_next(step - kAhead);
     }
   }
 
   static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
 
-  __device__ __forceinline__ void copy(int step) {
+  __device__ __forceinline__ Copies copies() const {
     int thread = threadIdx.x;
     forget(thread);  // what depends on it would take registers over all steps
-    const Copies copies{p, base, static_cast<unsigned>(thread)};
-    copies.copy_k(step, stage_of(step));
-    copies.copy_v(step, stage_of(step));
+    return {p, base, static_cast<unsigned>(thread)};
+  }
+
+  __device__ __forceinline__ void copy(int step) {
+    copies().copy_k(step, stage_of(step));
+    copies().copy_v(step, stage_of(step));
+    async_copy_commit();
+  }
+
+  __device__ __forceinline__ void copy_next(int step) {
+    copies().copy(step, step, stage_of(step));
     async_copy_commit();
   }
 
@@ -171,10 +186,10 @@ struct FoldWarp : Warp {
     for (; step >= 0; --step) {
       async_copy_wait_group<kAhead - 1>();
       __syncthreads();
-      if (step < steps) {
+      if (!kCausal || __all_sync(~0u, step < steps)) {
         attend_step(step, stage_of(step));
       } else {
-        copy(step - kAhead);
+        copy_next(step - kAhead);
       }
     }
     async_copy_wait_group<0>();

@@ -84,7 +84,7 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
       const float amax = __uint_as_float(amax_bits);
       if (lane == 0) {
         const int64_t at = (static_cast<int64_t>(bh) * t.blocks + block) * kKGroups + warp % kKGroups;
-        out.scale[at] = amax < kTiny ? 1.0f : amax * (1.0f / 127.0f);
+        out.scale[at] = fmaxf(amax * (1.0f / 127.0f), kTiny);  // of a group that is zero any: attention wants it small
         out.bad[at] = static_cast<int>(bad);
       }
       const float inverse = amax < kTiny ? 0.0f : 127.0f / amax;

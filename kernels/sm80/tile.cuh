@@ -37,7 +37,7 @@ using VScaleType = float;  // none
 #endif
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
 constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
-constexpr int kQueryPartsShared = kV != V::kIo && kHeadDim == 128 && kM == 2 ? QSHARED : 0;
+constexpr int kQueryPartsShared = kHeadDim == 128 && kM == 2 ? QSHARED : 0;
 constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKTileBytes = kStep * kHeadDim;
 constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
@@ -92,11 +92,10 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
 struct alignas(128) Shared {
   int8_t k[kStages][kKTileBytes];
   int8_t v[kStages][kVTileBytes];
-  float k_scale[kStages][4];
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
   float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
   uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
-  float maximum[kV == V::kIo ? 1 : kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
+  float maximum[kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
   // Of the tile and its head: they would take registers over all steps.
   Tile tile;
   int full[kWarps];  // steps that need no mask

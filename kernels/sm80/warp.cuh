@@ -4,6 +4,7 @@
 
 #include "copies.cuh"
 #include "ptx/ldmatrix.cuh"
+#include "ptx/load.cuh"
 #include "ptx/mma.cuh"
 #include "queries.cuh"
 
@@ -62,7 +63,7 @@ struct Warp {
       visible = min(visible, row + 1);
       steps = min(steps, (row + 16 * kM - 1) / kStep + 1);
     }
-    if (row >= p.seqlen_q) steps = 0;
+    if (kCausal && row >= p.seqlen_q) steps = 0;
     if (lane() == 0) s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
     __syncwarp();
   }
@@ -149,27 +150,44 @@ struct Warp {
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
     static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
     const uint32_t address = k_lane + stage * kKTileBytes;
+    constexpr int kGroup = QGROUP;  // chains of products in flight, times kM
 #pragma unroll
-    for (int n = 0; n < kStepTiles; ++n) {
+    for (int group = 0; group < kStepTiles; group += kGroup) {
 #pragma unroll
       for (int k = first; k < last; k += 2) {
-        uint32_t fragments[4];
-        load_matrices(fragments, (address ^ k / 2 * 64) + n * 8 * kHeadDim);
+        uint32_t fragments[kGroup][4];
+#pragma unroll
+        for (int n = 0; n < kGroup; ++n) {
+          load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kHeadDim);
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
-          for (int m = 0; m < kM; ++m) {
-            constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
-            const uint32_t(&a)[4] = queries[m][k + i];
-            if (k + i == 0) {
-              mma_s8(scores[m][n], a, fragments[0], fragments[1], magic);
-            } else {
-              mma_s8(scores[m][n], a, fragments[2 * i], fragments[2 * i + 1], scores[m][n]);
+          for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+            for (int m = 0; m < kM; ++m) {
+              constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+              const uint32_t(&a)[4] = queries[m][k + i];
+              int32_t(&d)[4] = scores[m][group + n];
+              if (k + i == 0) {
+                mma_s8(d, a, fragments[n][0], fragments[n][1], magic);
+              } else {
+                mma_s8(d, a, fragments[n][2 * i], fragments[n][2 * i + 1], d);
+              }
             }
           }
         }
       }
     }
+  }
+
+  // The scale of this lane's keys of a step, long before it is needed; any of them in front of the first step.
+  __device__ __forceinline__ float load_k_scale(int step) const {
+    int t = threadIdx.x;
+    forget(t);
+    const float* scales = load_shared_pointer<float>(SAGERT_AT(base, head_k_scale));
+    const unsigned block = static_cast<unsigned>(max(step, 0)) / (kBlock / kStep);
+    return load_early(scales + block * 4 + (t & 3));
   }
 
   // Bits of the largest score of a lane's row r.
@@ -208,7 +226,8 @@ struct Warp {
   __device__ __forceinline__ void mask(int step) {
     int t = threadIdx.x;
     forget(t);
-    if (step < load_shared_s32(SAGERT_AT(base, full) + (t >> 5) * 4)) return;
+    // All lanes agree: as a vote the compiler knows.
+    if (__all_sync(~0u, step < load_shared_s32(SAGERT_AT(base, full) + (t >> 5) * 4))) return;
     const uint32_t bad = bad_keys(step);
 #pragma unroll
     for (int r = 0; r < kR; ++r) mask_row(r, step, bad);

@@ -153,7 +153,9 @@ V_BSHD = [4 * 1100 * 128, 128, 4 * 128, 1]
         (None, None, 128, True),
         (None, V_BSHD, 128, True),
         (None, [0, 0, 128, 1], 128, True),
-        (None, [563200, 140800, -128, 1], 128, True),
+        (None, [563200, 140800, -128, 1], 128, False),
+        (None, [1 << 40, 1 << 38, (1 << 24) - 8, 1], 128, True),
+        (None, [1 << 40, 1 << 38, 1 << 24, 1], 128, False),
         (None, None, 120, False),  # rows shorter than the kernel's
         ((3 << 32) + 8, None, 128, False),
         (None, [563200, 140800, 132, 1], 128, False),

@@ -16,6 +16,8 @@ namespace sagert::ptx {
 // Hides from the compiler what `value` is, so that it cannot keep what was computed from it.
 __device__ __forceinline__ void forget(int& value) { asm volatile("" : "+r"(value)); }
 
+__device__ __forceinline__ void forget(const int8_t*& value) { asm volatile("" : "+l"(value)); }
+
 // 2^x, relative error 2^-22, subnormal results flushed to 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
