@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+# Of V in the portable int8_int8: keys that share a scale, and the largest value; codes beyond mark what is not finite.
+V_BLOCK, V_MAX = 64, 126.0
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
@@ -72,20 +74,39 @@ def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / 448.0, dtype=torch.float32))
 
 
-def quantize_v_int8(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+def quantize_v_int8(
+    v: Tensor, block: int = 128, largest: float = 127.0, short_scales: bool = True
+) -> tuple[Tensor, Tensor]:
     """INT8 values of v [N, Sk, Dv], held in fp32 with non-finite entries as 0, and scales [N, blocks of keys, Dv].
 
-    Scales are bf16 numbers, rounded up so that no value exceeds 127.
+    Values reach up to `largest`. Short scales are bf16 numbers, rounded up so that no value exceeds it.
     """
     n, keys, d = v.shape
     clean = torch.nn.functional.pad(torch.where(v.isfinite(), v, 0.0), (0, 0, 0, -keys % block))
     blocks = clean.reshape(n, -1, block, d)
     amax = blocks.abs().amax(2, keepdim=True)
     zero = amax < TINY
-    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
-    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
-    values = torch.where(zero, 0.0, torch.round(blocks * (1.0 / scale)))
+    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
+    if short_scales:
+        scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+        inverse = 1.0 / scale
+    else:
+        inverse = largest / torch.where(zero, 1.0, amax)
+    values = torch.where(zero, 0.0, torch.round(blocks * inverse))
     return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
+
+
+def encode_v_int8(values: Tensor, v: Tensor) -> Tensor:
+    """`values` (of quantize_v_int8, up to 126) as int8: 127 where v is +inf, -127 where it is -inf, -128 for NaN."""
+    marked = torch.where(v == math.inf, 127.0, torch.where(v == -math.inf, -127.0, values))
+    return torch.where(v.isnan(), -128.0, marked).to(torch.int8)
+
+
+def decode_v_int8(codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What encode_v_int8 stored: fp32 values with 0 for non-finite entries, and where V is +inf or NaN, -inf or NaN."""
+    nan = codes == -128
+    positive, negative = nan | (codes == 127), nan | (codes == -127)
+    return torch.where(positive | negative, 0.0, codes.float()), positive, negative
 
 
 def encode_v_fp8(values: Tensor, v: Tensor) -> Tensor:

@@ -18,8 +18,12 @@ from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
 from sagert.quantize import (
+    V_BLOCK,
+    V_MAX,
     decode_v_fp8,
+    decode_v_int8,
     encode_v_fp8,
+    encode_v_int8,
     k_shift,
     quantize_key_groups,
     quantize_rows,
@@ -35,9 +39,8 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # Tiled families move a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
 # and the slack. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers.
 TILED_LOG2_P = {"int8_fp8": (LOG2_448, 2.0**-8), "int8_fp16": (8.0, 6.0), "int8_int8": (0.0, 0.0)}
-PRECISIONS = ("int8_fp16", "int8_fp8")  # of the portable family, which CPU tensors run on
-TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off
-RECIPES = {"portable": PRECISIONS, **dict.fromkeys(TILED, ("int8_fp16", "int8_fp8", "int8_int8"))}
+PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
+TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off; CPU tensors run on "portable"
 CHUNK_ELEMENTS = 1 << 24  # scores held at a time: 64 MiB in fp32
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 
@@ -64,12 +67,12 @@ class KeyValues(NamedTuple):
     negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
 
 
-def _check_recipe(recipe: Recipe) -> None:
-    if recipe.precision not in RECIPES.get(recipe.family, ()):
-        known = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in RECIPES.items())
-        raise ValueError(
-            f"precision={recipe.precision!r} has no reference in family={recipe.family!r}: use one of {known}"
-        )
+def _recipe(precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None) -> Recipe:
+    """A recipe that has a reference; ValueError for others. P in bytes fixes its blocks of keys."""
+    if precision not in PRECISIONS or family not in BLOCKS:
+        raise ValueError(f"{precision=} in {family=} has no reference: use one of {PRECISIONS} in {[*BLOCKS]}")
+    blocks = BLOCKS | ({"portable": V_BLOCK} if precision == "int8_int8" else {})
+    return Recipe(precision, smooth_k, family, blocks[family] if precision == "int8_int8" or not block_n else block_n)
 
 
 def _with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -96,7 +99,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if recipe.precision == "int8_fp8":
         values, v_scale = quantize_v_fp8(vf)
     elif recipe.precision == "int8_int8":
-        values, v_scale = quantize_v_int8(vf, recipe.block_n)
+        values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if tiled else (V_MAX, False)))
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     return _with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None), positive, negative)
@@ -120,16 +123,13 @@ def attention(
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time (None: the family's); attn_mask, window and causal_alignment as in
-    `sagert.attention`.
-    `family` is whose recipe to follow: "portable" scales K by rows and visits keys upwards; "wgmma" scales K by groups
-    of 32 keys, takes V's mean off where it is large, and visits keys downwards (K must be finite there); its int8_int8
-    scales P by the row maximum of each block of keys, and V by block and channel; "mma" does so too, with groups of 16
-    keys and blocks of 64. Returns (out [B, H, S, Dv] in q's
+    number of keys the online softmax takes at a time (None: the family's), fixed for int8_int8; attn_mask, window and
+    causal_alignment as in `sagert.attention`. `family` is whose recipe to follow: "portable" scales K by rows, visiting
+    keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits keys downwards
+    (K must be finite there); "mma" too, with groups of 16 keys and blocks of 64. Returns (out [B, H, S, Dv] in q's
     dtype, lse fp32 [B, H, S]). ValueError for a precision or a family that has no reference.
     """
-    recipe = Recipe(precision, smooth_k, family, block_n or BLOCKS.get(family, BLOCKS["portable"]))
-    _check_recipe(recipe)
+    recipe = _recipe(precision, smooth_k, family, block_n)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
         return quantize_heads(k[batch, heads], v[batch, heads], recipe)
@@ -138,10 +138,15 @@ def attention(
     return _attend(q, sizes, key_values, recipe, attn_mask, pattern(is_causal, window, causal_alignment), scale)
 
 
+def _v_scales(seqlen: int, precision: str) -> int:
+    """How many scales a channel of V has."""
+    return -(-seqlen // V_BLOCK) if precision == "int8_int8" else 1
+
+
 def kv_bytes(batch: int, heads: int, seqlen: int, head_dim: int, head_dim_v: int, precision: str) -> int:
     """Bytes of quantize_kv's buffer: K in INT8, its scales (4 bytes a key) and shift (4 a channel), and V where the
-    precision quantizes it: e4m3 and scales (4 bytes a channel)."""
-    values = head_dim_v * (seqlen + 4) if precision == "int8_fp8" else 0
+    precision quantizes it: a byte and scales (4 bytes a channel, or a block and channel)."""
+    values = head_dim_v * (seqlen + 4 * _v_scales(seqlen, precision)) if precision != "int8_fp16" else 0
     return batch * heads * (seqlen * (head_dim + 4) + 4 * head_dim + values)
 
 
@@ -150,10 +155,10 @@ def _sections(
 ) -> list[tuple[Tensor, ...]]:
     """Views of quantize_kv's buffer per (batch, head): shift, k_scale, [v_scale,] k8[, v8], 4-byte ones first."""
     b, h, s, d = shape
+    quantized, codes = precision != "int8_fp16", torch.int8 if precision == "int8_int8" else torch.uint8
     sizes: list[tuple[torch.dtype, tuple[int, ...]]] = [(torch.float32, (d,)), (torch.float32, (s,))]
-    sizes += [(torch.float32, (head_dim_v,))] if precision == "int8_fp8" else []
-    sizes += [(torch.int8, (s, d))]
-    sizes += [(torch.uint8, (s, head_dim_v))] if precision == "int8_fp8" else []
+    sizes += [(torch.float32, (_v_scales(s, precision), head_dim_v))] if quantized else []
+    sizes += [(torch.int8, (s, d)), *([(codes, (s, head_dim_v))] if quantized else [])]
     views: list[Tensor] = []
     start = 0
     for dtype, size in sizes:
@@ -165,8 +170,7 @@ def _sections(
 
 def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) -> Tensor:
     """K [B, Hk, Sk, D] and V [B, Hk, Sk, Dv] quantized by the portable recipe: uint8 [kv_bytes(...)]."""
-    recipe = Recipe(precision, smooth_k)
-    _check_recipe(recipe)
+    recipe = _recipe(precision, smooth_k)
     b, h, s, d = k.shape
     data = torch.empty(kv_bytes(b, h, s, d, v.shape[3], precision), dtype=torch.uint8, device=k.device)
     if s == 0:
@@ -177,10 +181,10 @@ def quantize_kv(k: Tensor, v: Tensor, *, precision: str, smooth_k: bool = True) 
             kv = quantize_heads(head, values, recipe)
             shift.copy_(kv.k_shift[0, 0])
             k_scale.copy_(kv.k_scale[0, :, 0])
-            if precision == "int8_fp8":
+            if precision != "int8_fp16":
                 v_scale, k8, v8 = rest
-                v_scale.copy_(kv.v_scale[0, 0])
-                v8.copy_(encode_v_fp8(kv.v[0], values[0].float()))
+                v_scale.copy_(kv.v_scale[0])
+                v8.copy_((encode_v_int8 if precision == "int8_int8" else encode_v_fp8)(kv.v[0], values[0].float()))
             else:
                 (k8,) = rest
             k8.copy_(kv.k[0])
@@ -204,17 +208,18 @@ def attend(
 
     The same bits as `attention` gives for the same K and V; results as there.
     """
-    recipe = Recipe(precision)
+    recipe = _recipe(precision)
+    decode = decode_v_int8 if precision == "int8_int8" else decode_v_fp8
     b, d = q.shape[0], q.shape[3]
     sections = _sections(data, (b, heads_kv, seqlen_k, d), head_dim_v, precision)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
         mine = sections[batch * heads_kv : (batch + 1) * heads_kv][heads]
         shift, k_scale, *rest = (torch.stack(parts) for parts in zip(*mine, strict=True))
-        if precision == "int8_fp8":
+        if precision != "int8_fp16":
             v_scale, k8, v8 = rest
-            values, positive, negative = decode_v_fp8(v8)
-            kv = KeyValues(k8.float(), k_scale[..., None], shift[:, None], values, v_scale[:, None], None, None, None)
+            values, positive, negative = decode(v8)
+            kv = KeyValues(k8.float(), k_scale[..., None], shift[:, None], values, v_scale, None, None, None)
             return _with_marks(kv, positive, negative)
         if v is None:
             raise ValueError(f"precision={precision!r} reads v, which was not given")
@@ -341,12 +346,13 @@ def _heads(
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
         if integer:
-            p = torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
-            p = torch.round(255.0 * p)
+            p = 255.0 * torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
             weight = torch.exp2(highest - base) / 255.0
             block = start // block_n
             # Sums of products of bytes over a block stay below 2**24: exact in fp32.
             total = total * alpha + weight * p.sum(-1, keepdim=True)
+            p = torch.round(p)
+            rounded = rounded * alpha + weight * p.sum(-1, keepdim=True)
             acc = acc * alpha + (p @ kv.v[:, keys]) * (weight * kv.v_scale[:, block : block + 1])
         else:
             exponents = scores - (base - p_scale)
@@ -362,7 +368,7 @@ def _heads(
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / (rounded if recipe.family == "wgmma" and fp8 else total)
+    out = acc / (rounded if integer or (fp8 and recipe.family == "wgmma") else total)
     if fp8:
         out = out * kv.v_scale
     if kv.v_mean is not None:
@@ -371,7 +377,7 @@ def _heads(
         # V's infinities and NaNs were left out of the products; each reaches exactly the rows that see its key.
         out = torch.where(positive > 0, out + math.inf, out)
         out = torch.where(negative > 0, out - math.inf, out)
-    lse = m + torch.log2(total) - p_scale
+    lse = m + torch.log2(rounded if integer and recipe.family == "mma" else total) - p_scale
     lse = lse + (qf * kv.k_shift).sum(-1, keepdim=True)
     out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf)
     return out, (lse * LN2).squeeze(-1)

@@ -36,14 +36,16 @@ void place_buffers(Plan& plan, const Traits& traits) {
   Layout call;
   constexpr int64_t kWord = 4;
   plan.k_sum = kv.reserve(true, plan.heads_kv_total * plan.parts * d * kWord);
-  plan.v_amax = kv.reserve(traits.pv_fp8, plan.heads_kv_total * plan.parts * d * kWord);
+  plan.v_amax = kv.reserve(traits.values == Values::kFp8, plan.heads_kv_total * plan.parts * d * kWord);
   plan.v_bad = kv.reserve(true, plan.heads_kv_total * plan.parts * 2 * d * kWord);
   plan.k_bad = kv.reserve(true, plan.heads_kv_total * plan.parts * kWord);
   plan.k_shift = kv.reserve(true, plan.heads_kv_total * d * kWord);
   plan.k8 = kv.reserve(true, keys * d * traits.qk_bytes);
   plan.k_scale = kv.reserve(true, keys * kWord);
-  plan.v_out = kv.reserve(traits.pv_fp8 || plan.copy_v, keys * d * (traits.pv_fp8 ? 1 : 2));
-  plan.v_scale = kv.reserve(traits.pv_fp8, plan.heads_kv_total * d * kWord);
+  bool quantized = traits.values != Values::kIo;
+  bool blocks = traits.values == Values::kIntegers;
+  plan.v_out = kv.reserve(quantized || plan.copy_v, keys * d * traits.v_bytes);
+  plan.v_scale = kv.reserve(quantized, (blocks ? keys / traits.v_block * 2 : plan.heads_kv_total) * d * kWord);
   plan.v_first = kv.reserve(true, plan.heads_kv_total * 2 * d * kWord);
   plan.head_flags = kv.reserve(true, plan.heads_kv_total * kWord);
   plan.q8 = call.reserve(true, queries * d * traits.qk_bytes);
@@ -58,7 +60,6 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   plan.args = &args;
   plan.varlen = (args.flags & SAGERT_FLAG_VARLEN) != 0;
   plan.general = traits.general;
-  plan.pv_fp8 = traits.pv_fp8;
   int64_t d = plan.padded_head_dim = variant.head_dim;
   // Without keys one block of padding is still quantized, so that attention finds defined scales.
   plan.seqlen_pad = std::max(round_up(args.seqlen_k, kKeyPadding), kKeyPadding);
@@ -81,13 +82,14 @@ Plan make_plan(const sagert_attention_args& args, const VariantEntry& variant, c
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
   // Of quantized K the buffer knows whether it was smoothed: without smoothing its shift is 0.
   plan.shift_lse = plan.write_lse && (plan.smooth_k || has_quantized_kv(args)) && args.seqlen_k > 0;
-  plan.direct_v = !traits.pv_fp8 && plan.v_vec && args.v.data != nullptr && args.seqlen_k > 0 &&
+  bool quantized = traits.values != Values::kIo;
+  plan.direct_v = !quantized && plan.v_vec && args.v.data != nullptr && args.seqlen_k > 0 &&
                   plan.v.s > -kDirectStrideMax && plan.v.s < kDirectStrideMax;
-  plan.copy_v = !traits.pv_fp8 && !plan.direct_v;
+  plan.copy_v = !quantized && !plan.direct_v;
   int64_t per_batch = plan.varlen ? 0 : args.heads_kv;
   if (plan.direct_v) {
     plan.attend_v = plan.v;
-  } else if (traits.pv_fp8) {  // V^T: the third stride is that between channels
+  } else if (traits.v_bytes == 1) {  // V^T: the third stride is that between channels
     plan.attend_v = {per_batch * d * plan.k_rows, d * plan.k_rows, plan.k_rows, 1};
   } else {
     plan.attend_v = {per_batch * plan.k_rows * d, plan.k_rows * d, d, 1};
@@ -262,7 +264,12 @@ Traits read_traits(const VariantEntry& variant) {
   }
   const KernelEntry& quantize_kv = kKernels[variant.kernels[kQuantizeKv]];
   traits.qk_bytes = pointee(quantize_kv.signature, "K8") == "i8" ? 1 : 2;
-  traits.pv_fp8 = pointee(quantize_kv.signature, "VOut").compare(0, 3, "fp8") == 0;
+  std::string v_type = pointee(quantize_kv.signature, "VOut");
+  bool fp8 = v_type.compare(0, 3, "fp8") == 0;
+  bool integers = kRows[variant.row].precision == SAGERT_PRECISION_INT8_INT8;
+  traits.values = integers ? Values::kIntegers : fp8 ? Values::kFp8 : Values::kIo;
+  traits.v_bytes = fp8 || v_type == "i8" ? 1 : 2;
+  traits.v_block = quantize_kv.tile;
   traits.block_m = kKernels[variant.kernels[kAttention]].tile;
   if (traits.general) traits.block_n = kKernels[variant.kernels[kScanMask]].tile;
   return traits;

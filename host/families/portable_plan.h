@@ -13,11 +13,16 @@
 namespace sagert {
 namespace portable {
 
+// What P V multiplies: V as it is given, in e4m3, or in integers with scales of blocks of keys.
+enum class Values { kIo, kFp8, kIntegers };
+
 // What the table says of a variant's kernels.
 struct Traits {
   bool general = false;  // masks, windows, packed sequences: kernels/portable/general.py
   int64_t qk_bytes = 0;  // size of an element of the quantized Q and K
-  bool pv_fp8 = false;
+  int64_t v_bytes = 0;   // of an element of the workspace's V
+  Values values = Values::kIo;
+  int64_t v_block = 0;               // keys of a scale of V, of integers
   int64_t block_m = 0, block_n = 0;  // of general attention
   std::string defect;                // not empty: the build and this library disagree
 };
@@ -39,7 +44,7 @@ struct MaskPlan {
 // Everything the kernels are told, worked out once per call.
 struct Plan : Operands {
   const sagert_attention_args* args = nullptr;
-  bool varlen = false, general = false, pv_fp8 = false;
+  bool varlen = false, general = false;
   int64_t padded_head_dim = 0, seqlen_pad = 0, heads_kv_total = 0, heads_q_total = 0, parts = 0, part_rows = 0;
   // Rows of Q8 and of K8 from one head to the next.
   int64_t q_rows = 0, k_rows = 0;

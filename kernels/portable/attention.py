@@ -20,7 +20,7 @@ LOG2_448 = tl.constexpr(8.807354922057604)  # e4m3's largest value
 @triton.jit
 def _attend_block(
     acc, m, l, q, q_scale, k_ptr, k_scale_ptr, v_ptr, start, row, seqlen_k, v_stride,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PV_FP8: tl.constexpr, CAUSAL: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PV: tl.constexpr, CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys. MASKED blocks hold the end of the keys or the causal diagonal."""
@@ -38,11 +38,11 @@ def _attend_block(
     m_new = tl.maximum(m, tl.max(s, 1) * q_scale)
     m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)  # infinite K: no finite score so far
     alpha = tl.exp2(m - m_ref)
-    if PV_FP8:
+    if PV == "fp8e4nv":
         m_ref -= LOG2_448
     p = tl.exp2(s * q_scale[:, None] - m_ref[:, None])
     l = l * alpha + tl.sum(p, 1)
-    if PV_FP8:
+    if PV == "fp8e4nv":
         v = tl.load(v_ptr + start)
         p8 = p.to(tl.float8e4nv)
         p8 = tl.reshape(
@@ -66,7 +66,7 @@ def attention(
     seqlen_q, seqlen_k, seqlen_pad, heads_q, group, head_dim_v,
     v_sb, v_sh, v_ss, o_sb, o_sh, o_ss, o_sd, o_vec, write_lse, shift_lse,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
-    PV_FP8: tl.constexpr,
+    PV: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head. For FP8, V is V^T [B, Hk, D, seqlen_pad]."""
     pid = tl.program_id(0)
@@ -90,7 +90,7 @@ def attention(
     k_ptr = K8 + bhk * seqlen_pad * D + n[None, :] * D + d[:, None]
     k_scale_ptr = KScale + bhk * seqlen_pad
     v_ptr = V + b * v_sb + hk * v_sh
-    if PV_FP8:
+    if PV == "fp8e4nv":
         v_ptr = v_ptr + n[:, None] + d[None, :] * seqlen_pad  # 32 bits: our own buffer
     else:
         v_ptr = v_ptr + n.to(tl.int64)[:, None] * v_ss + d[None, :]
@@ -106,20 +106,20 @@ def attention(
     for start in tl.range(0, unmasked, BLOCK_N, num_stages=STAGES):
         acc, m, l = _attend_block(
             acc, m, l, q, q_scale, k_ptr, k_scale_ptr, v_ptr, start, row, seqlen_k, v_ss,
-            D, BLOCK_M, BLOCK_N, PV_FP8, CAUSAL, False,
+            D, BLOCK_M, BLOCK_N, PV, CAUSAL, False,
         )  # fmt: skip
     for start in tl.range(unmasked, end, BLOCK_N, num_stages=1):
         acc, m, l = _attend_block(
             acc, m, l, q, q_scale, k_ptr, k_scale_ptr, v_ptr, start, row, seqlen_k, v_ss,
-            D, BLOCK_M, BLOCK_N, PV_FP8, CAUSAL, True,
+            D, BLOCK_M, BLOCK_N, PV, CAUSAL, True,
         )  # fmt: skip
 
     if seqlen_k == 0:
         l += 1.0
     acc = acc * (1.0 / l)[:, None]  # l is 0, and the result NaN, where every score is -inf
-    if PV_FP8:
+    if PV == "fp8e4nv":
         acc = acc * tl.load(VScale + bhk * D + d)[None, :]
-    if PV_FP8 or CAUSAL:
+    if PV == "fp8e4nv" or CAUSAL:
         # V's infinities and NaNs were left out above; each reaches exactly the rows that see its key.
         last = seqlen_k - 1
         if CAUSAL:
@@ -135,7 +135,7 @@ def attention(
     store_tile(Out + b * o_sb + h * o_sh, out, row, seqlen_q, o_ss, o_sd, head_dim_v, o_vec, D, BLOCK_M)
     if write_lse != 0:
         lse = m + tl.log2(l)  # without keys m is -inf
-        if PV_FP8:
+        if PV == "fp8e4nv":
             lse -= LOG2_448
         if shift_lse != 0:
             lse += tl.load(QShift + bh * seqlen_q + rows, mask=inside, other=0.0)

@@ -4,7 +4,8 @@
 Workspace buffers are contiguous, padded to D (64, 128 or 256) channels, and K and V to a multiple of 128 keys:
   KSum, VAmax fp32 [B*Hk, parts, D], VBad i32 [B*Hk, parts, 2, D], KBad i32 [B*Hk, parts]   partial statistics
   KShift fp32 [B*Hk, D]; K8 [B*Hk, seqlen_pad, D]; KScale fp32 [B*Hk, seqlen_pad]
-  VOut e4m3 [B*Hk, D, seqlen_pad] in pair order, or 16-bit [B*Hk, seqlen_pad, D]; VScale fp32 [B*Hk, D]
+  VOut e4m3 or INT8 [B*Hk, D, seqlen_pad] in pair order, or 16-bit [B*Hk, seqlen_pad, D]; VScale fp32 [B*Hk, D], or of
+    integers [B*Hk, seqlen_pad / 64, 2, D], see integers.py
   VFirst i32 [B*Hk, 2, D]   first key whose V is +inf or NaN, -inf or NaN
   HeadFlags i32 [B*Hk]   1: V holds an infinity or NaN, 2: K does, 3: both
   Q8 [B*H, S, D]; QScale, QShift fp32 [B*H, S]
@@ -18,7 +19,8 @@ scale NaN, so that its scores are what exact attention gives.
 
 import triton
 import triton.language as tl
-from tiles import load_tile, packed_keys, packed_queries
+from integers import V_BLOCK, quantize_values
+from tiles import load_tile, packed_keys, packed_queries, pair_order
 
 NEVER = tl.constexpr(2147483647)  # key index that no query reaches
 MAX_PARTS = tl.constexpr(32)  # partial statistics of one head; the host splits no finer
@@ -33,6 +35,15 @@ def _is_finite(x):
 @triton.jit
 def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _load_vectors(base, row, end, stride_s, D: tl.constexpr, BLOCK: tl.constexpr):
+    """load_tile of a tensor that vectors can read."""
+    rows = row + tl.arange(0, BLOCK)
+    pointers = base + (rows.to(tl.int64)[:, None] * stride_s + tl.arange(0, D)[None, :])
+    pointers = tl.max_contiguous(tl.multiple_of(pointers, (1, 16)), (1, D))
+    return tl.load(pointers, mask=(rows < end)[:, None], other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -94,11 +105,16 @@ def kv_stats(
 
     sums = tl.zeros([BLOCK, D], tl.float32)
     amax = tl.zeros([BLOCK, D], tl.float32)
-    for row in tl.range(first_row, last_row, BLOCK, num_stages=3):
-        sums += load_tile(k_base, row, last_row, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
-        if V_STATS > 0:
-            v = load_tile(v_base, row, last_row, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
-            amax = _nan_max(amax, tl.abs(v))
+    if (k_vec != 0) & (v_vec != 0):  # without a branch inside, the loop's loads run ahead of it
+        for row in tl.range(first_row, last_row, BLOCK, num_stages=3):
+            sums += _load_vectors(k_base, row, last_row, k_ss, D, BLOCK)
+            if V_STATS > 0:
+                amax = _nan_max(amax, tl.abs(_load_vectors(v_base, row, last_row, v_ss, D, BLOCK)))
+    else:
+        for row in tl.range(first_row, last_row, BLOCK, num_stages=1):
+            sums += load_tile(k_base, row, last_row, k_ss, k_sd, head_dim, k_vec, D, BLOCK)
+            if V_STATS > 0:
+                amax = _nan_max(amax, tl.abs(load_tile(v_base, row, last_row, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)))
     k_sum = tl.sum(sums, 0)
     v_amax = tl.reduce(amax, 0, _nan_max)
     k_bad = tl.max((~_is_finite(k_sum)).to(tl.int32), 0)
@@ -131,9 +147,9 @@ def quantize_kv(
     K, V, KSum, VAmax, VBad, KBad, KShift, K8, KScale, VOut, VScale, VFirst, HeadFlags, CuK,
     seqlen_k, seqlen_pad, k_rows, heads_kv, parts, head_dim, head_dim_v, smooth_k, copy_v, keep_bad, varlen,
     k_sb, k_sh, k_ss, k_sd, v_sb, v_sh, v_ss, v_sd, k_vec, v_vec,
-    D: tl.constexpr, BLOCK: tl.constexpr, V_STATS: tl.constexpr, PV_FP8: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, V_STATS: tl.constexpr, PV: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: reduces the partial statistics, then writes K8 and, as PV_FP8 or copy_v ask, V."""
+    """One block of keys: reduces the partial statistics, then writes K8 and, as PV or copy_v ask, V."""
     pid = tl.program_id(0)
     blocks = seqlen_pad // BLOCK
     block = pid % blocks
@@ -179,7 +195,7 @@ def quantize_kv(
             tl.store(HeadFlags + bh, v_bad + 2 * k_bad)
 
     v_base = V + b * v_sb + h * v_sh + k_start * v_ss
-    if PV_FP8:
+    if PV == "fp8e4nv":
         amax = tl.max(tl.load(VAmax + partial, mask=has_part, other=0.0), 0)
         zero = amax < TINY
         limit = 448.0
@@ -200,11 +216,22 @@ def quantize_kv(
             v8 = tl.minimum(tl.maximum(x, -limit), limit).to(tl.float8e4nv)
             if marked:
                 v8 = _mark_nonfinite(v8, v)
-            v8 = tl.trans(v8)
-            # Pair order: within 16 keys, the order in which a thread of the score fragment holds them, so that P needs
-            # no exchange between threads to become the A operand of P V.
-            v8 = tl.reshape(tl.permute(tl.reshape(v8, [D, BLOCK // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [D, BLOCK])
+            v8 = pair_order(tl.trans(v8), D, BLOCK)
             tl.store(VOut + k_row * D + k_pad + d[:, None] * k_rows + rows[None, :], v8)
+    elif PV == "i8" or PV == "fp16":
+        tl.static_assert(BLOCK == V_BLOCK)
+        if exists:
+            v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
+            y, v_scale, v_sum = quantize_values(v)
+            scales = VScale + ((k_row + k_pad + row) // V_BLOCK * (2 * D) + d)
+            tl.store(scales, v_scale)
+            tl.store(scales + D, v_sum)
+            if PV == "i8":
+                v8 = pair_order(tl.trans(y.to(tl.int32).to(tl.int8)), D, BLOCK)
+                tl.store(VOut + k_row * D + k_pad + d[:, None] * k_rows + rows[None, :], v8)
+            else:  # not transposed: there infinities and NaN stay what they are
+                pointers = VOut + (k_row + k_pad) * D + rows[:, None] * D + d[None, :]
+                tl.store(pointers, tl.where(tl.abs(v) < float("inf"), y, v).to(VOut.dtype.element_ty))
     elif copy_v != 0:
         if exists:
             v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)

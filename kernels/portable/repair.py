@@ -6,16 +6,17 @@ Heads without any, all heads as a rule, cost one look at their flag.
 
 import triton
 import triton.language as tl
-from general import _pair_order
-from tiles import key_range, packed_keys, packed_queries, visible_keys
+from tiles import key_range, packed_keys, packed_queries, pair_order, visible_keys
 
 V_BAD = tl.constexpr(1)  # HeadFlags
 
 
 @triton.jit
-def _infinite(v, negative: tl.constexpr, PV_FP8: tl.constexpr):
+def _infinite(v, negative: tl.constexpr):
     """1 where V, as stored, is an infinity of this sign or NaN."""
-    if PV_FP8:  # see _mark_nonfinite of prepass.py
+    if v.dtype == tl.int8:  # see quantize_values of integers.py
+        found = (v == -128) | (v == (-127 if negative else 127))
+    elif v.dtype == tl.float8e4nv:  # see _mark_nonfinite of prepass.py
         bits = v.to(tl.uint8, bitcast=True)
         found = (bits == 0x80) | (bits == (0xFE if negative else 0x7E))
     else:
@@ -28,9 +29,10 @@ def repair(
     V, HeadFlags, Out, CuQ, CuK, Mask8, Mask16, Mask32,
     seqlen_q, seqlen_k, q_rows, k_rows, heads_q, group, head_dim_v, left, right, bottom_right, varlen, direct_v,
     v_sb, v_sh, v_ss, o_sb, o_sh, o_ss, o_sd, mask_kind, m_sb, m_sh, m_ss, parts,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PV_FP8: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PV: tl.constexpr,
 ):  # fmt: skip
     """Every parts-th tile of one head. Parameters as in general.attention."""
+    TRANSPOSED: tl.constexpr = PV == "i8" or PV == "fp8e4nv"
     pid = tl.program_id(0)
     bh = (pid // parts).to(tl.int64)
     b = bh // heads_q
@@ -43,10 +45,10 @@ def repair(
     _q_row, q_start, seqlen_q = packed_queries(CuQ, b, h, heads_q, seqlen_q, q_rows, varlen)
     _k_row, k_start, k_pad, seqlen_k = packed_keys(CuK, b, hk, heads_q // group, seqlen_k, k_rows, varlen)
     n = tl.arange(0, BLOCK_N)
-    # FP8 V lies in pair order; taking 16-bit V in the same makes one product of both.
-    pair_order = n // 16 * 16 + n // 2 % 2 * 8 + n % 16 // 4 * 2 + n % 2
+    # V of 8 bits lies in pair order; taking 16-bit V in the same makes one product of both.
+    in_pairs = n // 16 * 16 + n // 2 % 2 * 8 + n % 16 // 4 * 2 + n % 2
     v_base = V + b * v_sb + hk * v_sh
-    if PV_FP8:
+    if TRANSPOSED:
         v_base += k_pad
     else:
         v_base += tl.where(direct_v != 0, k_start, k_pad) * v_ss
@@ -75,15 +77,15 @@ def repair(
                 )  # fmt: skip
                 sees = tl.maximum(sees, tl.max(visible.to(tl.int32), 1))
                 exists = (d < head_dim_v)[None, :]
-                if PV_FP8:  # padded: seqlen_k bounds no positions
+                if TRANSPOSED:  # padded: seqlen_k bounds no positions
                     positions = (start + n)[:, None].to(tl.int64)
                     v = tl.load(v_base + positions + d.to(tl.int64)[None, :] * k_rows, mask=exists, other=0.0)
                 else:
-                    keys = (start + pair_order)[:, None].to(tl.int64)
+                    keys = (start + in_pairs)[:, None].to(tl.int64)
                     v = tl.load(v_base + keys * v_ss + d[None, :], mask=exists & (keys < seqlen_k), other=0.0)
-                weight = _pair_order(tl.where(visible, 1.0, 0.0).to(tl.float16), BLOCK_M, BLOCK_N)
-                positive = tl.dot(weight, _infinite(v, False, PV_FP8), positive)
-                negative = tl.dot(weight, _infinite(v, True, PV_FP8), negative)
+                weight = pair_order(tl.where(visible, 1.0, 0.0).to(tl.float16), BLOCK_M, BLOCK_N)
+                positive = tl.dot(weight, _infinite(v, False), positive)
+                negative = tl.dot(weight, _infinite(v, True), negative)
                 is_open = inside & ((positive == 0.0) | (negative == 0.0))
                 open_cells = tl.max(tl.max(is_open.to(tl.int32), 1), 0)
                 block += 1

@@ -42,6 +42,16 @@ def store_tile(base, x, row, end, stride_s, stride_d, head_dim, vec, D: tl.const
 
 
 @triton.jit
+def pair_order(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of x [BLOCK_M, BLOCK_N] in the order in which prepass.py stores the keys of a V of 8 bits.
+
+    Within 16 keys it is the order in which a thread of the score fragment holds them, so that P needs no exchange
+    between threads to become the A operand of P V.
+    """
+    return tl.reshape(tl.permute(tl.reshape(x, [BLOCK_M, BLOCK_N // 16, 2, 4, 2]), 0, 1, 3, 2, 4), [BLOCK_M, BLOCK_N])
+
+
+@triton.jit
 def packed_queries(CuQ, b, h, heads_q, seqlen_q, q_rows, varlen):
     """Row of Q8 and the LSE at which a head's queries start, the row of Q at which they do, and how many they are.
 

@@ -34,6 +34,10 @@ struct Consumer : ConsumerBase {
 
   using ConsumerBase::ConsumerBase;
 
+  // This thread's part of a row's sum of exponentials before they are bytes, in shared memory for want of registers. l
+  // is the sum of the bytes, which is what V is multiplied by.
+  __device__ __forceinline__ float& exact_sum(int r) { return s.exact_sums[r][thread_index() - 128]; }
+
   // Takes the next block of V, which then is the one before.
   __device__ __forceinline__ void take_v(bool ready) {
     if (!ready) mbarrier_wait(full_v(), v.parity);
@@ -126,14 +130,19 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // Exponentials, rounded to bytes. The scores' fragment is the A operand of P V when V's keys stand in pair order.
-  __device__ __forceinline__ void exponentiate(const Scaling& z, uint32_t (&sum)[2]) {
+  // Exponentials, rounded to bytes, and the sums of bytes. With `exact` also their sums before rounding, which the LSE
+  // is made of. The scores' fragment is the A operand of P V when V's keys stand in pair order.
+  template <bool exact>
+  __device__ __forceinline__ void exponentiate(const Scaling& z, const float (&next_weight)[2], uint32_t (&sum)[2]) {
+    float whole[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < kBlock / 16; ++j) {
       auto byte = [&](int i) {
         const int r = i / 2 % 2;
         const float x = __int_as_float(scores[8 * j + i] + z.shift[r]);
-        return __float_as_uint(exp2_approx(fmaf(x, z.c[r], z.b[r])) + kRound);
+        const float weight = exp2_approx(fmaf(x, z.c[r], z.b[r]));
+        if constexpr (exact) whole[r] += weight;
+        return __float_as_uint(weight + kRound);
       };
       const uint32_t upper = pack_low_bytes(byte(0), byte(1), byte(4), byte(5));
       const uint32_t lower = pack_low_bytes(byte(2), byte(3), byte(6), byte(7));
@@ -141,6 +150,10 @@ struct Consumer : ConsumerBase {
       sum[1] = __dp4a(lower, 0x01010101u, sum[1]);
       scores[2 * j] = static_cast<int32_t>(upper);
       scores[2 * j + 1] = static_cast<int32_t>(lower);
+    }
+    if constexpr (exact) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], next_weight[r] * whole[r]);
     }
   }
 
@@ -155,6 +168,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int i = 0; i < kBlock / 8; ++i) weights[i] = 0;
     maximum[0] = maximum[1] = kLowest;
+    exact_sum(0) = exact_sum(1) = 0.f;
     weight[0] = weight[1] = 0.f;
     const int begin = uniform(task().begin), end = uniform(task().end);
     const int masked = end - static_cast<int>(uniform(task().masked));
@@ -182,7 +196,11 @@ struct Consumer : ConsumerBase {
       weight[0] *= z.alpha[0];
       weight[1] *= z.alpha[1];
       uint32_t sum[2] = {0, 0};
-      exponentiate(z, sum);
+      if (p.write_lse) {
+        exponentiate<true>(z, next_weight, sum);
+      } else {
+        exponentiate<false>(z, next_weight, sum);
+      }
       hold(sum);
       wgmma_wait<0>();
       pin(products);
@@ -206,8 +224,13 @@ struct Consumer : ConsumerBase {
       pin(weights);
       add_products(v_scales_at(begin), {1.f, 1.f});
     }
-    for (int r = 0; r < 2; ++r) l[r] = row_sum(l[r]);
-    write(maximum, l);
+    float total[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      l[r] = row_sum(l[r]);
+      total[r] = p.write_lse ? row_sum(exact_sum(r)) : l[r];
+    }
+    write(maximum, total);
   }
 };
 

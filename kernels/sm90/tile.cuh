@@ -140,7 +140,10 @@ struct Shared {
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
-  float q_shift[kRows];    // Q times the shift of K, in the unit of the exponent
+  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
+#if V8_I8
+  float exact_sums[2][128 * kGroups];  // of the exponentials of each thread's two rows
+#endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
   uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV];
   uint64_t full_q[kGroups], empty_q[kGroups];

@@ -8,7 +8,7 @@ import mask as mask_kernels
 import prepass
 import repair
 import torch
-from harness import BLOCK, KEY_PAD, _poisoned, _vec
+from harness import BLOCK, KEY_PAD, PV_TYPES, _poisoned, _vec, pv_of
 from triton import cdiv
 
 FAR = 1 << 30
@@ -80,7 +80,8 @@ def run(
     hk, sk = k.shape[1:3]
     dv = v.shape[3]
     varlen = cu_q is not None
-    fp8 = precision == "int8_fp8"
+    pv = pv_of(precision, carrier)
+    quantized, transposed = pv != "io", pv in ("i8", "fp8e4nv")
     dp = next(size for size in (64, 128, 256) if max(d, dv) <= size)
     batch = len(cu_q) - 1 if varlen else b
     len_q, len_k = (max_q, max_k) if varlen else (s, sk)
@@ -99,14 +100,14 @@ def run(
     k_sum, v_amax = _poisoned((nb, parts, dp), torch.float32), _poisoned((nb, parts, dp), torch.float32)
     v_bad, v_first = _poisoned((nb, parts, 2, dp), torch.int32), _poisoned((nb, 2, dp), torch.int32)
     k_bad, flags = _poisoned((nb, parts), torch.int32), _poisoned((nb,), torch.int32)
-    k_shift, v_scale = _poisoned((nb, dp), torch.float32), _poisoned((nb, dp), torch.float32)
+    k_shift = _poisoned((nb, dp), torch.float32)
+    scales = (kv_heads, k_rows // BLOCK, 2, dp) if precision == "int8_int8" else (nb, dp)
+    v_scale = _poisoned(scales, torch.float32)
     k8, k_scale = _poisoned((kv_heads, k_rows, dp), carrier), _poisoned((kv_heads, k_rows), torch.float32)
     q8 = _poisoned((b * h, s, dp), carrier)
     q_scale, q_shift = _poisoned((b * h, s), torch.float32), _poisoned((b * h, s), torch.float32)
-    copy_v = not fp8 and not _vec(v, dp)
-    v_out = _poisoned(
-        (kv_heads, dp, k_rows) if fp8 else (kv_heads, k_rows, dp), torch.float8_e4m3fn if fp8 else v.dtype
-    )
+    copy_v = not quantized and not _vec(v, dp)
+    v_out = _poisoned((kv_heads, dp, k_rows) if transposed else (kv_heads, k_rows, dp), PV_TYPES.get(pv, v.dtype))
     out = _poisoned((b, h, s, dv), q.dtype)
     lse = _poisoned((b, h, s), torch.float32)
     cu = [x.int() if varlen else _empty(torch.int32) for x in (cu_q, cu_k)]
@@ -117,24 +118,24 @@ def run(
     kv_strides = (*k_stride, *v_stride, _vec(k, dp), _vec(v, dp))
     prepass.kv_stats[(nb * parts,)](
         k, v, k_sum, v_amax, v_bad, k_bad, cu[1], len_k, hk, parts, part_rows, d, dv, int(varlen), *kv_strides,
-        D=dp, BLOCK=BLOCK, V_STATS=2 if fp8 else 1,
+        D=dp, BLOCK=BLOCK, V_STATS=2 if pv == "fp8e4nv" else 1,
     )  # fmt: skip
     prepass.quantize_kv[(nb * (skp // BLOCK),)](
         k, v, k_sum, v_amax, v_bad, k_bad, k_shift, k8, k_scale, v_out, v_scale, v_first, flags, cu[1],
         len_k, skp, k_rows, hk, parts, d, dv, int(smooth_k), int(copy_v), 1, int(varlen), *kv_strides,
-        D=dp, BLOCK=BLOCK, V_STATS=2 if fp8 else 1, PV_FP8=fp8,
+        D=dp, BLOCK=BLOCK, V_STATS=2 if pv == "fp8e4nv" else 1, PV=pv,
     )  # fmt: skip
     prepass.quantize_q[(batch * h * cdiv(len_q, BLOCK),)](
         q, k_shift, q8, q_scale, q_shift, cu[0], scale * math.log2(math.e), len_q, q_rows, h, h // hk, d, int(varlen),
         *q_stride, _vec(q, dp), int(smooth_k), D=dp, BLOCK=BLOCK,
     )  # fmt: skip
     per_batch = 0 if varlen else hk
-    if fp8:
-        pv, v_strides = v_out, (per_batch * dp * k_rows, dp * k_rows, k_rows)
-    elif copy_v:
-        pv, v_strides = v_out, (per_batch * k_rows * dp, k_rows * dp, dp)
+    if transposed:
+        values, v_strides = v_out, (per_batch * dp * k_rows, dp * k_rows, k_rows)
+    elif quantized or copy_v:
+        values, v_strides = v_out, (per_batch * k_rows * dp, k_rows * dp, dp)
     else:
-        pv, v_strides = v, v_stride[:3]
+        values, v_strides = v, v_stride[:3]
     block_m, block_n = tiles
     q_tiles = cdiv(len_q, block_m)
     lists, masks, mask_strides, list_strides, kind = _empty(torch.int32), None, [0, 0, 0], [0, 0, 0], 0
@@ -148,17 +149,17 @@ def run(
     channels = min(dp, 128)
     v_parts = cdiv(dv, channels)
     general.attention[(batch * h * q_tiles * v_parts,)](
-        q8, q_scale, q_shift, k8, k_scale, pv, v_scale, flags, out, lse, *cu, *masks, lists,
+        q8, q_scale, q_shift, k8, k_scale, values, v_scale, flags, out, lse, *cu, *masks, lists,
         len_q, len_k, q_rows, k_rows, h, h // hk, dv, v_parts, left, right, int(bottom_right), int(varlen),
-        int(not fp8 and not copy_v), *v_strides, *o_stride, _vec(out, dp), 1, int(smooth_k),
+        int(not quantized and not copy_v), *v_strides, *o_stride, _vec(out, dp), 1, int(smooth_k),
         kind, *mask_strides, *list_strides,
-        D=dp, DV=channels, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, MASK_STAGES=2, PV_FP8=fp8,
+        D=dp, DV=channels, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, MASK_STAGES=2, PV=pv,
     )  # fmt: skip
     parts = 2
     repair.repair[(batch * h * parts,)](
-        pv, flags, out, *cu, *masks, len_q, len_k, q_rows, k_rows, h, h // hk, dv, left, right, int(bottom_right),
-        int(varlen), int(not fp8 and not copy_v), *v_strides, *o_stride, kind, *mask_strides, parts,
-        BLOCK_M=32, BLOCK_N=32, BLOCK_D=32, PV_FP8=fp8,
+        values, flags, out, *cu, *masks, len_q, len_k, q_rows, k_rows, h, h // hk, dv, left, right, int(bottom_right),
+        int(varlen), int(not quantized and not copy_v), *v_strides, *o_stride, kind, *mask_strides, parts,
+        BLOCK_M=32, BLOCK_N=32, BLOCK_D=32, PV=pv,
     )  # fmt: skip
     return out, lse
 

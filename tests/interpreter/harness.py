@@ -12,6 +12,15 @@ BLOCK = 64
 KEY_PAD = 128
 
 
+PV_TYPES = {"fp8e4nv": torch.float8_e4m3fn, "i8": torch.int8, "fp16": torch.float16}
+
+
+def pv_of(precision: str, carrier: torch.dtype) -> str:
+    """What P V multiplies, as the kernels' constant has it; `carrier` is what integers travel in."""
+    integers = "i8" if carrier == torch.int8 else "fp16"
+    return {"int8_fp16": "io", "int8_fp8": "fp8e4nv", "int8_int8": integers}[precision]
+
+
 def _vec(x: torch.Tensor, padded: int) -> int:
     aligned = x.data_ptr() % 16 == 0 and x.stride(3) == 1
     return int(aligned and x.shape[3] == padded and all(s % 16 == 0 for s in x.stride()[:3]))
@@ -28,7 +37,8 @@ def run(q, k, v, *, precision, causal=False, scale=None, smooth_k=True, tiles=(6
     """Attention through the kernels. q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, D]; returns (out, lse)."""
     b, h, s, d = q.shape
     hk, sk = k.shape[1:3]
-    fp8 = precision == "int8_fp8"
+    pv_type = pv_of(precision, carrier)
+    fp8 = pv_type == "fp8e4nv"
     dp = 64 if d <= 64 else 128
     skp = max(cdiv(sk, KEY_PAD), 1) * KEY_PAD
     nb = b * hk
@@ -60,7 +70,7 @@ def run(q, k, v, *, precision, causal=False, scale=None, smooth_k=True, tiles=(6
     prepass.quantize_kv[(nb * (skp // BLOCK),)](
         k, v, k_sum, v_amax, v_bad, k_bad, k_shift, k8, k_scale, v_out, v_scale, v_first, flags, cu,
         sk, skp, skp, hk, parts, d, d, int(smooth_k), int(copy_v), 0, 0, *kv_strides,
-        D=dp, BLOCK=BLOCK, V_STATS=v_stats, PV_FP8=fp8,
+        D=dp, BLOCK=BLOCK, V_STATS=v_stats, PV=pv_type,
     )  # fmt: skip
     prepass.quantize_q[(b * h * cdiv(s, BLOCK),)](
         q, k_shift, q8, q_scale, q_shift, cu, scale * math.log2(math.e), s, s, h, h // hk, d, 0,
@@ -76,6 +86,6 @@ def run(q, k, v, *, precision, causal=False, scale=None, smooth_k=True, tiles=(6
     attention_kernels.attention[(b * h * cdiv(s, block_m),)](
         q8, q_scale, q_shift, k8, k_scale, pv, v_scale, v_first, out, lse, s, sk, skp, h, h // hk, d,
         *v_strides, *out.stride(), _vec(out, dp), 1, int(smooth_k),
-        D=dp, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, CAUSAL=causal, PV_FP8=fp8,
+        D=dp, BLOCK_M=block_m, BLOCK_N=block_n, STAGES=2, CAUSAL=causal, PV=pv_type,
     )  # fmt: skip
     return out, lse

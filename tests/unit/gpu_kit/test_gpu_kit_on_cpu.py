@@ -27,7 +27,11 @@ class Row(NamedTuple):
     relative_l1: float
 
 
-ROWS = [Row("cpu.int8_fp16", "int8_fp16", 0.0114), Row("cpu.int8_fp8", "int8_fp8", 0.039)]
+ROWS = [
+    Row("cpu.int8_fp16", "int8_fp16", 0.0114),
+    Row("cpu.int8_fp8", "int8_fp8", 0.039),
+    Row("cpu.int8_int8", "int8_int8", 0.0158),
+]
 
 
 def small(cases: list[FeatureCase]) -> list[FeatureCase]:

@@ -82,7 +82,7 @@ def test_out_inside_an_input_is_refused():
     ("options", "word"),
     [
         ({"dropout_p": 0.1}, "dropout_p=0.1"),
-        ({"precision": "int8_int8"}, "int8_int8"),
+        ({"precision": "nvfp4"}, "nvfp4"),
         ({"precision": "int4_fp8"}, "no kernel row and no reference yet"),
     ],
 )

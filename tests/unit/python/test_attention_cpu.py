@@ -19,7 +19,7 @@ def make(*shape, dtype=torch.float16, seed=0):
 Q, K, V = make(2, 4, 37, 48), make(2, 2, 53, 48, seed=1), make(2, 2, 53, 48, seed=2)
 
 
-@pytest.mark.parametrize("precision", ["auto", "int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("precision", ["auto", "int8_fp16", "int8_fp8", "int8_int8"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_against_exact(precision, causal, dtype):
@@ -121,7 +121,7 @@ def test_value_head_dim_may_differ():
     assert torch.equal(out, sagert.attention(Q, K, V, enable_gqa=True)[..., :16])
 
 
-@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8", "int8_int8"])
 def test_smoothing_is_exact_under_softmax(precision):
     biased = (K.float() + 8 * torch.randn(1, 2, 1, 48, generator=torch.Generator().manual_seed(5))).half()
     exact, exact_lse = reference.exact_attention(Q, biased, V)
@@ -163,7 +163,7 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8", "int8_int8"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_and_patterns_against_exact(mask, pattern, precision):
@@ -202,7 +202,7 @@ def test_queries_before_all_keys_see_none():
 
 
 @pytest.mark.parametrize("values", [(math.nan,), (math.inf,), (-math.inf,), (math.inf, -math.inf)])
-@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8", "int8_int8"])
 def test_nonfinite_values_reach_what_sees_them(values, precision):
     v = V.clone()
     for index, value in enumerate(values):

@@ -21,7 +21,7 @@ Q, K, V = make(2, 4, 17, 40), make(2, 2, 150, 40, seed=1), make(2, 2, 150, 24, s
 MASK = torch.rand(2, 1, 17, 150, generator=torch.Generator().manual_seed(3)) > 0.5
 
 
-@pytest.mark.parametrize("precision", ["auto", "int8_fp16", "int8_fp8"])
+@pytest.mark.parametrize("precision", ["auto", "int8_fp16", "int8_fp8", "int8_int8"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("smooth_k", [True, False])
 @pytest.mark.parametrize("layout", ["BHSD", "BSHD"])
@@ -52,12 +52,17 @@ def test_out():
 
 
 @pytest.mark.parametrize(
-    ("precision", "per_key", "per_head"), [("int8_fp16", 40 + 4 + 48, 160), ("int8_fp8", 40 + 4 + 24, 160 + 96)]
+    ("precision", "per_key", "per_head"),
+    [
+        ("int8_fp16", 40 + 4 + 48, 160),
+        ("int8_fp8", 40 + 4 + 24, 160 + 96),
+        ("int8_int8", 40 + 4 + 24, 160 + 3 * 96),
+    ],
 )
 def test_memory_is_as_documented(precision, per_key, per_head):
     kv = sagert.quantize_kv(K, V, precision=precision)
     assert kv.nbytes == 4 * (150 * per_key + per_head)
-    assert (kv.v is None) == (precision == "int8_fp8")
+    assert (kv.v is None) == (precision != "int8_fp16")
     assert kv.precision == precision
     assert precision in repr(kv)
 

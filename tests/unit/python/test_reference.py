@@ -138,7 +138,7 @@ def test_the_tiled_recipes_are_as_accurate(causal, family):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
-@pytest.mark.parametrize("family", reference.TILED)
+@pytest.mark.parametrize("family", ["portable", *reference.TILED])
 def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
     out, lse = reference.attention(q, k, v, precision="int8_int8", family=family)
@@ -167,23 +167,26 @@ def test_integer_pv_is_its_definition(causal, family):
     assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
     v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean, size)
     numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
+    whole = torch.zeros(300).double()  # sum of the weights before they are bytes
     for block in range(-(-300 // size)):
         keys = slice(size * block, size * block + size)
         highest = scores[:, keys].amax(1, keepdim=True)
         p = torch.round(255 * torch.exp2(scores[:, keys] - highest.clamp(min=-1e30)))
+        whole += torch.exp2(scores[:, keys]).sum(1)
         weight = torch.exp2(highest)
         numerator += weight * (p @ v8[0, keys].double()) * v_scale[0, block].double()
         denominator += weight * p.sum(1, keepdim=True)
     expected = numerator / denominator + mean[0].double()
     assert reference.error_metrics(out[0, 0], expected)["relative_l1"] < 0.001
-    expected_lse = torch.log(denominator[:, 0] / 255)
+    expected_lse = torch.log(denominator[:, 0] / 255 if family == "mma" else whole)
     torch.testing.assert_close(lse[0, 0].double(), expected_lse, atol=1e-4, rtol=1e-5)
 
 
-def test_integer_pv_of_nonfinite_v():
+@pytest.mark.parametrize("family", ["portable", "wgmma"])
+def test_integer_pv_of_nonfinite_v(family):
     q, k, v = (make(1, 2, 200, 32, seed=seed) for seed in range(3))
     v[0, 0, 150, 3], v[0, 1, 20, 5] = math.nan, math.inf
-    out, _ = reference.attention(q, k, v, is_causal=True, precision="int8_int8", family="wgmma")
+    out, _ = reference.attention(q, k, v, is_causal=True, precision="int8_int8", family=family)
     exact, _ = reference.exact_attention(q, k, v, is_causal=True)
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out == math.inf, exact == math.inf)
@@ -205,9 +208,21 @@ def test_v_blocks():
     assert (error <= used / 2 * 1.001).all()
 
 
+def test_int8_codes_of_v():
+    v = make(1, 200, 16, dtype=torch.float32)
+    v[0, 7, 2], v[0, 8, 2], v[0, 9, 2] = math.inf, -math.inf, math.nan
+    values, scale = quantize.quantize_v_int8(v, 64, reference.V_MAX, False)
+    assert scale.shape == (1, 4, 16)
+    assert values.abs().max() == 126
+    decoded, positive, negative = quantize.decode_v_int8(quantize.encode_v_int8(values, v))
+    assert torch.equal(decoded, values)
+    assert torch.equal(positive, (v == math.inf) | v.isnan())
+    assert torch.equal(negative, (v == -math.inf) | v.isnan())
+
+
 def test_a_family_without_reference_is_refused():
     q = make(1, 1, 8, 64)
-    for family, precision in (("wgmma", "nvfp4"), ("portable", "int8_int8"), ("tcgen05", "int8_fp8")):
+    for family, precision in (("wgmma", "nvfp4"), ("portable", "int4_fp8"), ("tcgen05", "int8_fp8")):
         with pytest.raises(ValueError, match="portable"):
             reference.attention(q, q, q, precision=precision, family=family)
 
