@@ -5,8 +5,10 @@
 //
 // A thread block has one tile of queries. A warp holds its queries, quantized, and its rows of O in registers; keys and
 // values come through a ring of stages in shared memory. docs/performance/mma.md has the budget and the measurements.
-#if V_I8 || V_FP8E4NV
+#if V_I8
 #include "fold.cuh"
+#elif V_FP8E4NV
+#include "fp8.cuh"
 #else
 #include "direct.cuh"
 #endif
@@ -28,8 +30,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, MIN_BLOCKS)
                     head_dim,   head_dim_v, tiles,         heads_total, section, v_sb,      v_sh,    v_ss,    q_sb,
                     q_sh,       q_ss,       q_sd,          o_sb,     o_sh,     o_ss,        o_sd,    q_vec != 0,
                     o_vec != 0, write_lse != 0};
-#if V_I8 || V_FP8E4NV
+#if V_I8
   FoldWarp warp(p, s);
+#elif V_FP8E4NV
+  Fp8Warp warp(p, s);
 #else
   DirectWarp warp(p, s);
 #endif

@@ -8,25 +8,23 @@
 #pragma once
 
 #include "ptx/half2.cuh"
-#include "warp.cuh"
+#include "serial.cuh"
 
 namespace sagert {
 
 constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
 constexpr float kPStep = 1.f / 255.f;
-constexpr float kLargest = 14.f;         // a step's largest weight, relative to the maximum that O refers to, in log2
 constexpr uint32_t kHalf1024 = 0x6400u;  // fp16 with a last bit of 1
 constexpr int kParts = kStep / 32;       // of 32 keys, that an instruction takes
 using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
 
-struct FoldWarp : Warp {
-  using Warp::Warp;
-  float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
+struct FoldWarp : SerialWarp<FoldWarp> {
+  using SerialWarp::SerialWarp;
   Weights weights;
 
   // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte would
   // carry.
-  __device__ __forceinline__ void reduce(float k_scale) {
+  __device__ __forceinline__ void reduce_step(float k_scale) {
     int t = threadIdx.x;
     forget(t);
     float q_scale[kR], highest[kR], weight[kR];
@@ -48,7 +46,7 @@ struct FoldWarp : Warp {
     }
     if (__any_sync(~0u, !within)) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) advance_maximum(r, highest[r]);
+      for (int r = 0; r < kR; ++r) advance_unit(r, highest[r]);
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
     }
     // A byte's unit, relative to the maximum that O refers to.
@@ -58,7 +56,7 @@ struct FoldWarp : Warp {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void advance_maximum(int r, float highest) {
+  __device__ __forceinline__ void advance_unit(int r, float highest) {
     const float next = highest + b[r] <= kLargest ? b[r] : -highest;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
@@ -120,14 +118,9 @@ struct FoldWarp : Warp {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-#if FOLD == 0
-        const float x = __int_as_float(products[m][i]) - kRound;
-        o[m][j][i] = fmaf(x, scale[i % 2] * weight[2 * m + i / 2], o[m][j][i]);
-#else
         // kRound times a scale in bf16 is exact.
         const float x = fmaf(__int_as_float(products[m][i]), scale[i % 2], offset[i % 2]);
         o[m][j][i] = fmaf(x, weight[2 * m + i / 2], o[m][j][i]);
-#endif
       }
     }
   }
@@ -136,9 +129,10 @@ struct FoldWarp : Warp {
     const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce(k_scale);
+    reduce_step(k_scale);
     float weight[kR];
     weigh_all(weight);
+    hold();
     const uint32_t v_address = v_lane + stage * kVTileBytes;
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
 #pragma unroll
@@ -149,52 +143,6 @@ struct FoldWarp : Warp {
       for (int i = 0; i < 4; ++i) multiply_v(j + i, v_address, __float_as_uint(four[i]), weight);
       if (j == 0) copy_next(step - kAhead);
     }
-  }
-
-  static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
-
-  __device__ __forceinline__ Copies copies() const {
-    int thread = threadIdx.x;
-    forget(thread);  // what depends on it would take registers over all steps
-    return {p, base, static_cast<unsigned>(thread)};
-  }
-
-  __device__ __forceinline__ void copy(int step) {
-    copies().copy_k(step, stage_of(step));
-    copies().copy_v(step, stage_of(step));
-    async_copy_commit();
-  }
-
-  __device__ __forceinline__ void copy_next(int step) {
-    copies().copy(step, step, stage_of(step));
-    async_copy_commit();
-  }
-
-  __device__ __forceinline__ void attend() {
-    if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
-    __syncthreads();
-    float scale[kR];
-    if (!p.q_vec) stage_all(scale);
-    int step = s.tile.steps - 1;
-#pragma unroll 1
-    for (int i = 0; i < kAhead; ++i) copy(step - i);
-    begin(scale);
-    place();
-    store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
-    __syncwarp();
-#pragma unroll 1
-    for (; step >= 0; --step) {
-      async_copy_wait_group<kAhead - 1>();
-      __syncthreads();
-      if (!kCausal || __all_sync(~0u, step < steps)) {
-        attend_step(step, stage_of(step));
-      } else {
-        copy_next(step - kAhead);
-      }
-    }
-    async_copy_wait_group<0>();
-    load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
-    write();
   }
 };
 

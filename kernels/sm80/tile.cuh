@@ -12,15 +12,13 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;    // steps of keys in shared memory, a power of 2
-constexpr int kBarrier = BARRIER;  // steps from one barrier to the next
-constexpr int kAhead = kStages - kBarrier;  // steps that copies are ahead
+constexpr int kStages = STAGES;
+constexpr int kAhead = kStages - 1;  // steps that copies are ahead
 constexpr int kWarps = WARPS;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = ROWS;                  // queries of a tile
 constexpr int kM = kRows / (16 * kWarps);    // fragments of 16 queries of a warp
-constexpr int kBlock = 64;                   // keys that share scales
-constexpr int kStep = STEP;                  // keys that a warp takes at a time
+constexpr int kStep = 64;                    // keys that a warp takes at a time: a block of K8 and of V8
 constexpr int kStepTiles = kStep / 8;        // fragments of 8 keys
 constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
 // V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
@@ -37,7 +35,7 @@ using VScaleType = float;  // none
 #endif
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
 constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
-constexpr int kQueryPartsShared = kHeadDim == 128 && kM == 2 ? QSHARED : 0;
+constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
 constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKTileBytes = kStep * kHeadDim;
 constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
@@ -65,7 +63,7 @@ struct Params {
 struct Tile {
   int head;   // b * heads_q + h
   int row;    // first query
-  int steps;  // that its queries see, a multiple of kBarrier
+  int steps;  // that its queries see
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
@@ -83,9 +81,8 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     position = index % p.tiles;
   }
   tile.row = position * kRows;
-  constexpr int kKeys = kStep * kBarrier;
-  tile.steps = (p.seqlen_k + kKeys - 1) / kKeys * kBarrier;
-  if constexpr (kCausal) tile.steps = min(tile.steps, ((tile.row + kRows - 1) / kKeys + 1) * kBarrier);
+  tile.steps = p.blocks;
+  if constexpr (kCausal) tile.steps = min(tile.steps, (tile.row + kRows - 1) / kStep + 1);
   return tile;
 }
 
@@ -106,6 +103,7 @@ struct alignas(128) Shared {
 // Addresses of what the loop over the keys reads, from the register that holds the address of all.
 #define SAGERT_AT(base, member) \
   ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
+static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
 static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim, "queries do not fit before the keys come");
 
 }  // namespace sagert

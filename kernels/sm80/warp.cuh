@@ -13,6 +13,11 @@ namespace sagert {
 constexpr int kR = 2 * kM;  // rows of a lane: row() + 8 r
 constexpr int kMagic = 0x4b400000;     // bits of kRound: integers s added to it are the bits of the float kRound + s
 constexpr int kMasked = -8388609;      // bits of kLowest: score of a key that a query does not see
+// P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. Floats in 16
+// bits lose nothing by a margin, and fp16 holds up to 2^15; nor do weights of a step, which are fp32. In e4m3 a row's
+// largest weight is to be exact; rounding has lost nothing yet when 2^-8 are added.
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : 0.f;
+constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : 14.f;
 constexpr float kLeastScale = 1e-30f;  // a masked score times this is still far below every other
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
 
@@ -32,6 +37,7 @@ struct Warp {
   float sum[kR];  // of the exponentials
   float o[kM][kChannelTiles][4];
   Scores scores;
+  float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
   uint32_t k_lane, v_lane;  // what this lane gives ldmatrix, in stage 0
   uint32_t base;            // address of shared memory
   int steps;                // that this warp's queries see
@@ -66,6 +72,48 @@ struct Warp {
     if (kCausal && row >= p.seqlen_q) steps = 0;
     if (lane() == 0) s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
     __syncwarp();
+  }
+
+  __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
+
+  // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
+  __device__ __forceinline__ void reduce(float k_scale) {
+    int t = threadIdx.x;
+    forget(t);
+    float q_scale[kR], x[kR];
+    const uint32_t rows = base + (t >> 2) * (4 * kR);
+    load_shared(q_scale, SAGERT_AT(rows, q_scale));
+    load_shared(b, SAGERT_AT(rows, maximum));
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
+      set_offset(r);
+      x[r] = fmaf(__int_as_float(row_top(r)), c[r], d[r]);
+    }
+#pragma unroll
+    for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
+    if (__any_sync(~0u, x[0] > kLargest)) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
+      if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
+      __syncwarp();
+    }
+  }
+
+  // `top`: bits of the lane's largest score of row r.
+  __device__ __forceinline__ void advance_maximum(int r, int top) {
+    const float highest = quad_max(top == kMasked ? kLowest : (__int_as_float(top) - kRound) * c[r]);
+    const float next = highest + b[r] <= kLargest ? b[r] : kAtMaximum - highest;
+    const float alpha = exp2_approx(next - b[r]);
+    b[r] = next;
+    sum[r] *= alpha;
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      o[r / 2][j][r % 2 * 2] *= alpha;
+      o[r / 2][j][r % 2 * 2 + 1] *= alpha;
+    }
+    set_offset(r);
+    if (next == -kLowest) d[r] = 0.f;  // the row has seen no key: masked scores are to vanish beside d
   }
 
   // The head's K (0) or V (1) holds an infinity or a NaN. Without a mask nobody asks where 16-bit V is not finite, and
@@ -150,7 +198,7 @@ struct Warp {
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
     static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
     const uint32_t address = k_lane + stage * kKTileBytes;
-    constexpr int kGroup = QGROUP;  // chains of products in flight, times kM
+    constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
 #pragma unroll
     for (int group = 0; group < kStepTiles; group += kGroup) {
 #pragma unroll
@@ -181,13 +229,12 @@ struct Warp {
     }
   }
 
-  // The scale of this lane's keys of a step, long before it is needed; any of them in front of the first step.
+  // The scale of this lane's keys of a step, long before it is needed.
   __device__ __forceinline__ float load_k_scale(int step) const {
     int t = threadIdx.x;
     forget(t);
     const float* scales = load_shared_pointer<float>(SAGERT_AT(base, head_k_scale));
-    const unsigned block = static_cast<unsigned>(max(step, 0)) / (kBlock / kStep);
-    return load_early(scales + block * 4 + (t & 3));
+    return load_early(scales + step * 4 + (t & 3));
   }
 
   // Bits of the largest score of a lane's row r.
@@ -215,11 +262,17 @@ struct Warp {
     if (undefined) sum[r] = nan();
   }
 
+  // Stands between parts of a step: without a branch that depends on the one before, ptxas mixes them until it has too
+  // few registers.
+  __device__ __forceinline__ void hold() const {
+    if (__any_sync(~0u, sum[0] < 0.f)) __nanosleep(1);
+  }
+
   // This lane's keys of a step that hold an infinity or a NaN, bits as in keys_beyond().
   __device__ __forceinline__ uint32_t bad_keys(int step) const {
     if (!is_bad(0)) return 0;
-    const int64_t block = static_cast<int64_t>(s.tile.head / p.group) * p.blocks + step * kStep / kBlock;
-    return p.k_bad[block * 4 + quad()] >> step * kStep % kBlock / 4;
+    const int64_t block = static_cast<int64_t>(s.tile.head / p.group) * p.blocks + step;
+    return p.k_bad[block * 4 + quad()];
   }
 
   // Masks a step that holds the end of the keys, the causal diagonal, or bad keys.
@@ -278,6 +331,23 @@ struct Warp {
           if (d + 1 < p.head_dim_v) place[(d + 1) * p.o_sd] = static_cast<uint16_t>(two >> 16);
         }
       }
+    }
+  }
+
+  // Zeroes the infinities and NaN of a stage's 16-bit V, which would reach even queries that do not see them;
+  // add_nonfinite() gives them to those that do.
+  __device__ __forceinline__ void clear_nonfinite(int stage) {
+    constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
+    auto clear = [](uint32_t& pair) {
+      if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
+      if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
+    };
+    uint4* tile = reinterpret_cast<uint4*>(s.v[stage]);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kVTileBytes / 16; i += kThreads) {
+      uint4 x = tile[i];
+      clear(x.x), clear(x.y), clear(x.z), clear(x.w);
+      tile[i] = x;
     }
   }
 

@@ -26,6 +26,18 @@ SAGERT_MMA(mma_e4m3, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", floa
 SAGERT_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", float, "f")
 SAGERT_MMA(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", float, "f")
 #undef SAGERT_MMA
+
+// With C and D in fp16, two elements to a register.
+#define SAGERT_MMA_HALF(name, instruction)                                                                            \
+  __device__ __forceinline__ void name(uint32_t (&d)[2], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,            \
+                                       const uint32_t (&c)[2]) {                                                      \
+    asm(instruction " {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%8, %9};"                                                \
+        : "=r"(d[0]), "=r"(d[1])                                                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));                        \
+  }
+
+SAGERT_MMA_HALF(mma_e4m3_half, "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16")
+#undef SAGERT_MMA_HALF
 // clang-format on
 
 }  // namespace sagert::ptx

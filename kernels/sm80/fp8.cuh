@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// The schedule for V in FP8: P in e4m3 with 448 at a row's maximum (SageAttention2, arXiv 2411.10958). The tensor core
+// adds with few bits, so each step's product is added to O outside of it: from fp32, or, where that is faster, from fp16,
+// which V's scale keeps from overflowing (SageAttention2++, arXiv 2505.21136).
+#pragma once
+
+#include "ptx/half2.cuh"
+#include "serial.cuh"
+
+namespace sagert {
+
+constexpr bool kHalfSums = ACCUMULATE != 0;
+constexpr int kParts = kStep / 32;        // of 32 keys, that an instruction takes
+using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
+
+struct Fp8Warp : SerialWarp<Fp8Warp> {
+  using SerialWarp::SerialWarp;
+  Weights weights;
+
+  // Register `i` of the A fragment of a part.
+  __device__ __forceinline__ void weigh(int part, int m, int i) {
+    const int r = 2 * m + i % 2;
+    uint16_t pairs[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const int32_t* x = &scores[m][4 * part + i / 2 * 2 + n][i % 2 * 2];
+      const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
+      const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
+      sum[r] += first;
+      sum[r] += second;
+      pairs[n] = to_e4m3x2(first, second);
+    }
+    weights[part][m][i] = pack_halves(pairs[0], pairs[1]);
+  }
+
+  // Adds the products of 8 channels to O.
+  __device__ __forceinline__ void multiply_v(int j, uint32_t address) {
+    static_assert(kParts == 2, "a load brings 64 keys of 8 channels");
+    uint32_t fragments[4];
+    load_matrices(fragments, address + j * 8 * kVRowBytes);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      if constexpr (kHalfSums) {
+        uint32_t products[2];
+        constexpr uint32_t zero[2] = {0, 0};
+        mma_e4m3_half(products, weights[0][m], fragments[0], fragments[1], zero);
+        mma_e4m3_half(products, weights[1][m], fragments[2], fragments[3], products);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          o[m][j][2 * h] += from_fp16(static_cast<uint16_t>(products[h]));
+          o[m][j][2 * h + 1] += from_fp16(static_cast<uint16_t>(products[h] >> 16));
+        }
+      } else {
+        float products[4];
+        constexpr float zero[4] = {0.f, 0.f, 0.f, 0.f};
+        mma_e4m3(products, weights[0][m], fragments[0], fragments[1], zero);
+        mma_e4m3(products, weights[1][m], fragments[2], fragments[3], products);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[m][j][i] += products[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void attend_step(int step, int stage) {
+    const float k_scale = load_k_scale(step);
+    multiply_k(stage);
+    mask(step);
+    reduce(k_scale);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4 * kM; ++i) weigh(part, i / 4, i % 4);
+    }
+    hold();
+    const uint32_t v_address = v_lane + stage * kVTileBytes;
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      multiply_v(j, v_address);
+      if (j == 2) copy_next(step - kAhead);
+    }
+  }
+};
+
+}  // namespace sagert

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loop over the keys of schedules in which a warp takes one step after the other; the block's other warps, and the
+// multiprocessor's other blocks, compute while it waits. A stage holds the keys and the values of a step.
+#pragma once
+
+#include "warp.cuh"
+
+namespace sagert {
+
+// `Schedule` has attend_step(step, stage), which calls copy_next(step - kAhead).
+template <typename Schedule>
+struct SerialWarp : Warp {
+  using Warp::Warp;
+
+  static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
+
+  __device__ __forceinline__ Copies copies() const {
+    int thread = threadIdx.x;
+    forget(thread);  // what depends on it would take registers over all steps
+    return {p, base, static_cast<unsigned>(thread)};
+  }
+
+  __device__ __forceinline__ void copy_next(int step) {
+    copies().copy<false>(step, stage_of(step));
+    async_copy_commit();
+  }
+
+  __device__ __forceinline__ void attend() {
+    if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
+    __syncthreads();
+    float scale[kR];
+    if (!p.q_vec) stage_all(scale);
+    int step = s.tile.steps - 1;
+#pragma unroll 1
+    for (int i = 0; i < kAhead; ++i) {
+      copies().copy<true>(step - i, stage_of(step - i));
+      async_copy_commit();
+    }
+    begin(scale);
+    place();
+    const bool v_bad = kV == V::kIo && is_bad(1);
+    store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
+    __syncwarp();
+#pragma unroll 1
+    for (; step >= 0; --step) {
+      async_copy_wait_group<kAhead - 1>();
+      __syncthreads();
+      if (v_bad) {
+        clear_nonfinite(stage_of(step));
+        __syncthreads();
+      }
+      if (!kCausal || __all_sync(~0u, step < steps)) {
+        static_cast<Schedule*>(this)->attend_step(step, stage_of(step));
+      } else {
+        copy_next(step - kAhead);
+      }
+    }
+    async_copy_wait_group<0>();
+    load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
+    write();
+  }
+};
+
+}  // namespace sagert
