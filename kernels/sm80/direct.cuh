@@ -48,7 +48,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     multiply_k(stage);
     mask(step);
     reduce(k_scale);
-    const uint32_t v_address = v_lane + stage * kVTileBytes;
+    const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) weigh(0, i);
 #pragma unroll

@@ -133,7 +133,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     float weight[kR];
     weigh_all(weight);
     hold();
-    const uint32_t v_address = v_lane + stage * kVTileBytes;
+    const uint32_t v_address = v_lane(stage);
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
 #pragma unroll
     for (int j = 0; j < kChannelTiles; j += 4) {

@@ -72,7 +72,7 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
       for (int i = 0; i < 4 * kM; ++i) weigh(part, i / 4, i % 4);
     }
     hold();
-    const uint32_t v_address = v_lane + stage * kVTileBytes;
+    const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       multiply_v(j, v_address);

@@ -49,7 +49,7 @@ struct SerialWarp : Warp {
         clear_nonfinite(stage_of(step));
         __syncthreads();
       }
-      if (!kCausal || __all_sync(~0u, step < steps)) {
+      if (sees(step)) {
         static_cast<Schedule*>(this)->attend_step(step, stage_of(step));
       } else {
         copy_next(step - kAhead);

@@ -95,7 +95,8 @@ struct alignas(128) Shared {
   float maximum[kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
   // Of the tile and its head: they would take registers over all steps.
   Tile tile;
-  int full[kWarps];  // steps that need no mask
+  int steps[kWarps];  // that a warp's queries see
+  int full[kWarps];   // those that need no mask
   const int8_t *head_k, *head_v;
   const float* head_k_scale;
   const VScaleType* head_v_scale;

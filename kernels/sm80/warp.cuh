@@ -38,9 +38,7 @@ struct Warp {
   float o[kM][kChannelTiles][4];
   Scores scores;
   float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
-  uint32_t k_lane, v_lane;  // what this lane gives ldmatrix, in stage 0
-  uint32_t base;            // address of shared memory
-  int steps;                // that this warp's queries see
+  uint32_t base;        // address of shared memory
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
@@ -55,22 +53,18 @@ struct Warp {
 
   // What depends on the tile: `s.tile` is there.
   __device__ __forceinline__ void place() {
-    const int key = lane() % 8;
-    k_lane = SAGERT_AT(base, k) + key * kHeadDim + swizzled<kHeadDim>(lane() / 8, key) * 16;
-    if constexpr (kV == V::kIo) {
-      v_lane = SAGERT_AT(base, v) + lane() % 16 * kVRowBytes + (lane() / 16 ^ key) * 16;
-    } else {
-      v_lane = SAGERT_AT(base, v) + key * kVRowBytes + swizzled<kVRowBytes>(lane() / 8, key) * 16;
-    }
     const int row = s.tile.row + first_row();
     int visible = p.seqlen_k;  // keys that all of the warp's queries see
-    steps = s.tile.steps;
+    int steps = s.tile.steps;
     if constexpr (kCausal) {
       visible = min(visible, row + 1);
       steps = min(steps, (row + 16 * kM - 1) / kStep + 1);
     }
     if (kCausal && row >= p.seqlen_q) steps = 0;
-    if (lane() == 0) s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
+    if (lane() == 0) {
+      s.steps[threadIdx.x / 32] = steps;
+      s.full[threadIdx.x / 32] = is_bad(0) ? 0 : visible / kStep;
+    }
     __syncwarp();
   }
 
@@ -114,6 +108,30 @@ struct Warp {
     }
     set_offset(r);
     if (next == -kLowest) d[r] = 0.f;  // the row has seen no key: masked scores are to vanish beside d
+  }
+
+  // threadIdx.x for what is worked out anew in every step: kept, it would take registers.
+  static __device__ __forceinline__ unsigned thread() {
+    int t = threadIdx.x;
+    forget(t);
+    return t;
+  }
+
+  // Does the warp see this step? All lanes agree: as a vote the compiler knows.
+  __device__ __forceinline__ bool sees(int step) const {
+    return !kCausal || __all_sync(~0u, step < load_shared_s32(SAGERT_AT(base, steps) + thread() / 32 * 4));
+  }
+
+  // What this lane gives ldmatrix of the keys and the values of a stage.
+  __device__ __forceinline__ uint32_t k_lane(int stage) const {
+    const unsigned lane = thread() % 32, key = lane % 8;
+    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kHeadDim + swizzled<kHeadDim>(lane / 8, key) * 16;
+  }
+  __device__ __forceinline__ uint32_t v_lane(int stage) const {
+    const unsigned lane = thread() % 32, key = lane % 8;
+    const uint32_t tile = SAGERT_AT(base, v) + stage * kVTileBytes;
+    if constexpr (kV == V::kIo) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
+    return tile + key * kVRowBytes + swizzled<kVRowBytes == 64 ? 64 : 128>(lane / 8, key) * 16;
   }
 
   // The head's K (0) or V (1) holds an infinity or a NaN. Without a mask nobody asks where 16-bit V is not finite, and
@@ -197,7 +215,7 @@ struct Warp {
   template <int first, int last>
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
     static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
-    const uint32_t address = k_lane + stage * kKTileBytes;
+    const uint32_t address = k_lane(stage);
     constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
 #pragma unroll
     for (int group = 0; group < kStepTiles; group += kGroup) {
