@@ -287,13 +287,12 @@ def test_general_rows_take_what_plain_rows_leave(lib, changes, row):
 @pytest.mark.parametrize("capability", [80, 86, 87, 89, 120, 121])
 @pytest.mark.parametrize(("precision", "name"), [(1, "int8_fp16"), (3, "int8_int8"), (0, "int8_fp16")])
 def test_the_tuned_rows_serve_what_they_can(real_library, capability, precision, name):
-    """Masks, windows, packed sequences and wide heads go to the general rows; so does causal int8_int8 on sm120."""
+    """Masks, windows, packed sequences and wide heads go to the general rows."""
     table = abi.Library(real_library)
     for dtype, head_dim, flags in itertools.product((abi.FP16, abi.BF16), (40, 64, 128), (abi.LSE, abi.CAUSAL)):
         request = abi.request(precision=precision, dtype=dtype, head_dim=head_dim, flags=flags)
         selected = table.explain(request, abi.device(capability, 13000))["selected"].partition(".")[2]
-        general = flags == abi.CAUSAL and precision == abi.INT8_INT8 and capability >= 120
-        assert selected == f"{'portable.general' if general else 'mma'}.{name}"
+        assert selected == f"mma.{name}"
     wide = table.explain(abi.request(precision=precision, head_dim=256), abi.device(capability, 13000))
     assert wide["selected"].partition(".")[2].startswith("portable.general.")
 
