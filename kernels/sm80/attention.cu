@@ -25,11 +25,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, MIN_BLOCKS)
   using namespace sagert;
   extern __shared__ __align__(1024) char raw[];
   Shared& s = *reinterpret_cast<Shared*>(raw);
-  const Params p = {Q,          K8,         KScale,        KBad,     KShift,   V,           VScale,  VMean,   VFirst,
-                    HeadFlags,  Out,        Lse,           scale_log2, seqlen_q, seqlen_k,  blocks,  heads_q, group,
-                    head_dim,   head_dim_v, tiles,         heads_total, section, v_sb,      v_sh,    v_ss,    q_sb,
-                    q_sh,       q_ss,       q_sd,          o_sb,     o_sh,     o_ss,        o_sd,    q_vec != 0,
-                    o_vec != 0, write_lse != 0};
+  const Params p = {Q,       K8,        KScale,     KBad,       KShift,        V,           VScale,   VMean,
+                    VFirst,  HeadFlags, Out,        Lse,        scale_log2,    seqlen_q,    seqlen_k, blocks,
+                    heads_q, group,     head_dim,   head_dim_v, tiles,         heads_total, section,  v_sb,
+                    v_sh,    v_ss,      q_sb,       q_sh,       q_ss,          q_sd,        o_sb,     o_sh,
+                    o_ss,    o_sd,      q_vec != 0, o_vec != 0, write_lse != 0};
 #if V_I8
   FoldWarp warp(p, s);
 #elif V_FP8E4NV

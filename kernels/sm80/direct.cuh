@@ -7,10 +7,10 @@
 
 namespace sagert {
 
-constexpr int kChunks = kStep / 16;            // of 16 keys
-constexpr int kUnits = kChannelTiles / 2;      // parts of a chunk's P V, 16 channels each
-constexpr int kPairs = 4 * kM;                 // of scores that a lane has of a chunk
-using Weights = uint32_t[kChunks][kM][4];      // A fragments of P V
+constexpr int kChunks = kStep / 16;        // of 16 keys
+constexpr int kUnits = kChannelTiles / 2;  // parts of a chunk's P V, 16 channels each
+constexpr int kPairs = 4 * kM;             // of scores that a lane has of a chunk
+using Weights = uint32_t[kChunks][kM][4];  // A fragments of P V
 
 struct DirectWarp : SerialWarp<DirectWarp> {
   using SerialWarp::SerialWarp;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The schedule for products that become part of O outside the tensor core: those of a step of keys come in integers (V in
-// INT8), or in a type too coarse to hold O. A warp takes one step after the other; the block's other warps compute
+// The schedule for products that become part of O outside the tensor core: those of a step of keys come in integers (V
+// in INT8), or in a type too coarse to hold O. A warp takes one step after the other; the block's other warps compute
 // while it waits.
 //
 // P in unsigned bytes has the row's largest weight in each step at 255, V a scale per step and channel: in each step
@@ -14,16 +14,16 @@ namespace sagert {
 
 constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalf1024 = 0x6400u;  // fp16 with a last bit of 1
-constexpr int kParts = kStep / 32;       // of 32 keys, that an instruction takes
+constexpr uint32_t kHalf1024 = 0x6400u;   // fp16 with a last bit of 1
+constexpr int kParts = kStep / 32;        // of 32 keys, that an instruction takes
 using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
 
 struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
   Weights weights;
 
-  // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte would
-  // carry.
+  // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte
+  // would carry.
   __device__ __forceinline__ void reduce_step(float k_scale) {
     int t = threadIdx.x;
     forget(t);
@@ -68,8 +68,8 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     }
   }
 
-  // Bytes of register `i` of the A fragment of a part, and their sum. In fp16, where 1024 is added, the last bits are the
-  // integer.
+  // Bytes of register `i` of the A fragment of a part, and their sum. In fp16, where 1024 is added, the last bits are
+  // the integer.
   __device__ __forceinline__ void weigh(int part, int m, int i, uint32_t& bytes) {
     const int r = 2 * m + i % 2;
     uint32_t pairs[2];

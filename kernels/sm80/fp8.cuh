@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schedule for V in FP8: P in e4m3 with 448 at a row's maximum (SageAttention2, arXiv 2411.10958). The tensor core
-// adds with few bits, so each step's product is added to O outside of it: from fp32, or, where that is faster, from fp16,
-// which V's scale keeps from overflowing (SageAttention2++, arXiv 2505.21136).
+// adds with few bits, so each step's product is added to O outside of it: from fp32, or, where that is faster, from
+// fp16, which V's scale keeps from overflowing (SageAttention2++, arXiv 2505.21136).
 #pragma once
 
 #include "ptx/half2.cuh"

@@ -21,10 +21,10 @@ __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* q
   __syncwarp();
 }
 
-// Row r of the tile, as half h of fragment m. Returns its scale. The LSE needs the queries' product with K's shift, which
-// the scores lack: it waits where the LSE will stand.
-__device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside, int quad,
-                                              int r, QueryFragments& q, int m, int h, const float* shift) {
+// Row r of the tile, as half h of fragment m. Returns its scale. The LSE needs the queries' product with K's shift,
+// which the scores lack: it waits where the LSE will stand.
+__device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside,
+                                              int quad, int r, QueryFragments& q, int m, int h, const float* shift) {
   constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
   constexpr int kVectors = kHeadDim / 16;      // of 4 channels, that a lane has of a row
   uint2 x[kVectors];

@@ -105,6 +105,7 @@ struct alignas(128) Shared {
 #define SAGERT_AT(base, member) \
   ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
 static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
-static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim, "queries do not fit before the keys come");
+static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim,
+              "queries do not fit before the keys come");
 
 }  // namespace sagert

@@ -10,15 +10,15 @@
 
 namespace sagert {
 
-constexpr int kR = 2 * kM;  // rows of a lane: row() + 8 r
-constexpr int kMagic = 0x4b400000;     // bits of kRound: integers s added to it are the bits of the float kRound + s
-constexpr int kMasked = -8388609;      // bits of kLowest: score of a key that a query does not see
+constexpr int kR = 2 * kM;          // rows of a lane: row() + 8 r
+constexpr int kMagic = 0x4b400000;  // bits of kRound: integers s added to it are the bits of the float kRound + s
+constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a query does not see
 // P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. Floats in 16
 // bits lose nothing by a margin, and fp16 holds up to 2^15; nor do weights of a step, which are fp32. In e4m3 a row's
 // largest weight is to be exact; rounding has lost nothing yet when 2^-8 are added.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : 0.f;
 constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : 14.f;
-constexpr float kLeastScale = 1e-30f;  // a masked score times this is still far below every other
+constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
 
 __device__ __forceinline__ void mma_io(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -38,7 +38,7 @@ struct Warp {
   float o[kM][kChannelTiles][4];
   Scores scores;
   float c[kR], d[kR];  // exponents of the step's scores' bits are c * bits + d
-  uint32_t base;        // address of shared memory
+  uint32_t base;       // address of shared memory
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
@@ -176,7 +176,7 @@ struct Warp {
     for (int k = 0; k < kQueryPartsShared; ++k) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const uint32_t(&x)[4] = q[m][kQueryParts - kQueryPartsShared + k];
+        const uint32_t (&x)[4] = q[m][kQueryParts - kQueryPartsShared + k];
         s.q[k][m][threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
       }
     }
@@ -233,8 +233,8 @@ struct Warp {
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
               constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
-              const uint32_t(&a)[4] = queries[m][k + i];
-              int32_t(&d)[4] = scores[m][group + n];
+              const uint32_t (&a)[4] = queries[m][k + i];
+              int32_t (&d)[4] = scores[m][group + n];
               if (k + i == 0) {
                 mma_s8(d, a, fragments[n][0], fragments[n][1], magic);
               } else {

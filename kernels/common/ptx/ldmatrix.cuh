@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// ldmatrix: four 8 x 8 matrices of 16-bit elements from shared memory to one warp's fragments. Lanes 8 i to 8 i + 7 give
-// the addresses of matrix i's rows, 16 bytes each and 16-byte aligned.
+// ldmatrix: four 8 x 8 matrices of 16-bit elements from shared memory to one warp's fragments. Lanes 8 i to 8 i + 7
+// give the addresses of matrix i's rows, 16 bytes each and 16-byte aligned.
 #pragma once
 
 #include "integers.cuh"
