@@ -284,19 +284,6 @@ def test_general_rows_take_what_plain_rows_leave(lib, changes, row):
     assert lib.explain(abi.request(**changes), abi.device(89))["selected"] == f"sm89.fake.{row}"
 
 
-@pytest.mark.parametrize("capability", [80, 86, 87, 89, 120, 121])
-@pytest.mark.parametrize(("precision", "name"), [(1, "int8_fp16"), (3, "int8_int8"), (0, "int8_fp16")])
-def test_the_tuned_rows_serve_what_they_can(real_library, capability, precision, name):
-    """Masks, windows, packed sequences and wide heads go to the general rows."""
-    table = abi.Library(real_library)
-    for dtype, head_dim, flags in itertools.product((abi.FP16, abi.BF16), (40, 64, 128), (abi.LSE, abi.CAUSAL)):
-        request = abi.request(precision=precision, dtype=dtype, head_dim=head_dim, flags=flags)
-        selected = table.explain(request, abi.device(capability, 13000))["selected"].partition(".")[2]
-        assert selected == f"mma.{name}"
-    wide = table.explain(abi.request(precision=precision, head_dim=256), abi.device(capability, 13000))
-    assert wide["selected"].partition(".")[2].startswith("portable.general.")
-
-
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121])
 @pytest.mark.parametrize(("changes", "_"), GENERAL, ids=str)
 def test_every_architecture_serves_every_feature(real_library, capability, changes, _):
