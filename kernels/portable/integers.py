@@ -4,7 +4,7 @@
 A query's bytes are its weights relative to the largest one in the block, so that a block far below the row's maximum
 keeps its digits; V has one scale per block of keys and channel. No tensor core that Triton reaches multiplies unsigned
 by signed bytes: P - 128 stands for P, and 128 times the sum of V over the block is added afterwards. Where tensor cores
-have no INT8, fp16 carries both factors: integers up to 255, whose products and sums stay below 2**24.
+have no INT8, fp16 carries both factors, the same integers, whose products and sums stay below 2**24.
 
 VScale fp32 [rows of V / 64, 2, D]: scales, then what P - 128 leaves out, 128 times the sums of the scaled bytes.
 """
@@ -26,16 +26,20 @@ TINY = tl.constexpr(1.0e-30)
 
 
 @triton.jit
-def quantize_values(v):
-    """INT8 values (as fp32) of v [V_BLOCK, D], marks included; by channel their scale and 128 times their sum."""
+def quantize_values(v, MARKS: tl.constexpr):
+    """INT8 values (as fp32) of v [V_BLOCK, D]; by channel their scale and 128 times their sum.
+
+    Infinities and NaN become marks, or 0 where attention leaves them out of the products.
+    """
     finite = tl.where(tl.abs(v) < float("inf"), v, 0.0)
     amax = tl.max(tl.abs(finite), 0)
     zero = amax < TINY
     inverse = tl.where(zero, 0.0, V_MAX / tl.where(zero, 1.0, amax))
     scale = tl.where(zero, 1.0, amax * (1.0 / V_MAX))
     y = (finite * inverse[None, :] + ROUND) - ROUND
-    y = tl.where(v == float("inf"), 127.0, tl.where(v == float("-inf"), -127.0, y))
-    y = tl.where(v == v, y, -128.0)
+    if MARKS:
+        y = tl.where(v == float("inf"), 127.0, tl.where(v == float("-inf"), -127.0, y))
+        y = tl.where(v == v, y, -128.0)
     return y, scale, 128.0 * tl.sum(y, 0) * scale
 
 
@@ -43,8 +47,7 @@ def quantize_values(v):
 def _add_products(acc, ratio, p, v, scale_ptr, D: tl.constexpr, DV: tl.constexpr):
     products = tl.dot(p, v).to(tl.float32)
     sums = products * tl.load(scale_ptr + tl.arange(0, DV))[None, :]
-    if v.dtype == tl.int8:
-        sums += tl.load(scale_ptr + D + tl.arange(0, DV))[None, :]
+    sums += tl.load(scale_ptr + D + tl.arange(0, DV))[None, :]
     return acc * ratio[:, None] + sums
 
 
@@ -75,7 +78,7 @@ def weigh_bytes(
     if v[0].dtype == tl.int8:
         p8 = pair_order(bits.to(tl.int8), BLOCK_M, BLOCK_N)
     else:
-        p8 = (rounded - BYTE).to(v[0].dtype)
+        p8 = (rounded - ROUND).to(v[0].dtype)
     new_acc = ()
     for i in tl.static_range(len(acc)):
         new_acc = new_acc + (_add_products(acc[i], ratio, p8, v[i], scale_ptr + i * DV, D, DV),)  # noqa: RUF005

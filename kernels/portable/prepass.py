@@ -222,7 +222,7 @@ def quantize_kv(
         tl.static_assert(BLOCK == V_BLOCK)
         if exists:
             v = load_tile(v_base, row, seqlen_k, v_ss, v_sd, head_dim_v, v_vec, D, BLOCK)
-            y, v_scale, v_sum = quantize_values(v)
+            y, v_scale, v_sum = quantize_values(v, PV == "i8")
             scales = VScale + ((k_row + k_pad + row) // V_BLOCK * (2 * D) + d)
             tl.store(scales, v_scale)
             tl.store(scales + D, v_sum)

@@ -246,6 +246,15 @@ def test_non_finite_values_reach_exactly_the_queries_that_see_them(features, val
     check(q, k, v, precision, **features)
 
 
+@pytest.mark.parametrize("value", [INF, -INF, math.nan], ids=str)
+@pytest.mark.parametrize("features", [{"causal": True}, {"mask": make_mask("bool", (70, 100))}], ids=["causal", "bool"])
+def test_non_finite_values_where_fp16_carries_the_integers(features, value):
+    q, k, v = make(1, 2, 2, 70, 100, 64)
+    v[0, 0, 40, 7] = value
+    v[0, 0, 99, 63] = -INF
+    check(q, k, v, "int8_int8", carrier=torch.float16, **features)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("value", [INF, math.nan], ids=str)
 def test_non_finite_keys_do_not_reach_queries_that_do_not_see_them(value, precision):
