@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// The blocks of one cluster while they run: their threads' states, what they wait for, and who runs next.
+#ifndef SAGERT_EMULATOR_BLOCK_H_
+#define SAGERT_EMULATOR_BLOCK_H_
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "machine.h"
+
+namespace emulator {
+
+constexpr uint32_t kWarp = 32;
+constexpr uint32_t kBarriers = 16;
+
+enum class State : uint8_t { kReady, kTogether, kBarrier, kYielded, kDone };
+
+// A copy that a thread has started.
+struct Copy {
+  uint8_t* to;
+  const uint8_t* from;
+  uint32_t bytes, source_bytes;
+};
+
+struct Block;
+
+// A thread with what the runtime knows of it; translated code sees the base.
+struct Lane : Thread {
+  Block* block;
+  Fiber fiber;
+  State state;
+  uint32_t site;  // of the instruction it waits at
+  // What it brings to its warp, or to a barrier.
+  Together together;
+  uint32_t mask;
+  uint32_t* words;
+  const Shape* shape;
+  uint32_t barrier;
+  // Copies since the last commit, and groups of older ones, the oldest first.
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+};
+
+struct Barrier {
+  uint32_t arrived = 0, expected = 0, ones = 0;
+  uint32_t result = 0;
+};
+
+struct Launch {
+  const Translation* translation;
+  const Kernel* kernel;
+  uint32_t grid[3], block[3], cluster, dynamic_bytes;
+  void* const* parameters;
+  uint64_t seed;  // 0: warps take turns; else their order, and that of their lanes, is random
+};
+
+struct Cluster;
+
+struct Block {
+  Cluster* cluster;
+  uint32_t rank;
+  std::vector<uint8_t> shared;
+  std::vector<std::unique_ptr<Lane>> lanes;
+  Barrier barriers[kBarriers];
+};
+
+// Kept from cluster to cluster: the stacks of its fibers are.
+struct Cluster {
+  const Launch* launch = nullptr;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::mt19937_64 random;
+  uint64_t progress = 0;  // counts what can end a wait
+  Lane* current = nullptr;  // who runs
+  bool failed = false;
+  std::string message;
+
+  // Runs the cluster whose first block is number `first` of the grid; false when it failed.
+  bool run(const Launch& launch, uint64_t first);
+
+ private:
+  void prepare(uint64_t first);
+  bool run_warp(Block& block, uint32_t warp);
+  void describe_deadlock(const char* kind);
+};
+
+// ---- What the parts of the runtime offer to each other ----
+
+extern const Services kServices;
+
+inline Lane& lane_of(Thread& t) { return static_cast<Lane&>(t); }
+
+// Does not return: the cluster is given up.
+[[noreturn]] void fail(Thread& t, uint32_t site, const std::string& what);
+
+// Lets others run until the state is ready again.
+void wait(Lane& lane, State state, uint32_t site);
+
+void together(Thread&, uint32_t site, Together, uint32_t mask, uint32_t* words, const Shape*);
+uint32_t barrier(Thread&, uint32_t site, uint32_t id, uint32_t threads, bool wait, Reduce, bool predicate);
+void yield(Thread&, uint32_t site);
+void copy(Thread&, uint32_t site, uint32_t to, uint64_t from, uint32_t bytes, uint32_t source_bytes);
+void copy_commit(Thread&);
+void copy_wait(Thread&, uint32_t groups);
+void copy_wait_all(Thread&);
+uint8_t* remote(Thread&, uint32_t site, uint32_t address, uint32_t bytes);
+float rounded(char operation, char mode, float a, float b, float c);
+// A thread is gone: barriers for all threads expect one less.
+void leave_barriers(Lane& lane);
+
+// Lanes of one warp, by number; those that are not there are null.
+struct WarpLanes {
+  Lane* lane[kWarp];
+};
+void shuffle(const WarpLanes& warp, Together what, uint32_t mask);
+void vote(const WarpLanes& warp, Together what, uint32_t mask);
+void reduce(const WarpLanes& warp, Together what, uint32_t mask);
+void move_matrices(const WarpLanes& warp, Together what);
+void multiply(const WarpLanes& warp, const Shape& shape);
+
+}  // namespace emulator
+
+#endif  // SAGERT_EMULATOR_BLOCK_H_
