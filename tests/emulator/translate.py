@@ -14,6 +14,7 @@ from tests.emulator import memory_ops, operations, warp_ops
 from tests.emulator.emit import REGISTERS, Register, Writer
 from tests.emulator.ptx_text import SIZES, Entry, Instruction, Label, Module, PtxError, Scope, Variable, parse
 
+ROOM = 16  # words that a lane brings, or gets, at most
 SHARED_BEGIN = 1024  # kSharedBegin in runtime/machine.h
 # What a register holds before anything is written to it.
 _FIRST = {"bool": "false", "float": "__builtin_bit_cast(float, 0xffffffffu)", "double": "0"}
@@ -61,7 +62,8 @@ class _Kernel:
         self._scope(self.entry.body)
         name = self.entry.name
         sizes = ", ".join(str(p.count * SIZES[p.kind]) for p in self.entry.parameters) or "0"
-        body = "\n".join([*self.declared, *self.writer.lines])
+        # One array for all that lanes exchange: with one for each, optimizing takes gigabytes.
+        body = "\n".join([f"uint32_t x[{ROOM}];", *self.declared, *self.writer.lines])
         code = f"static const uint32_t sizes_{name}[] = {{{sizes}}};\nstatic void run_{name}(Thread& t) {{\n{body}\n}}\n"
         row = f'{{"{name}", run_{name}, {self.shared}u, {start}u, {len(self.entry.parameters)}u, sizes_{name}}}'
         return code, row
