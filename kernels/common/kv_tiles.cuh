@@ -3,24 +3,13 @@
 #pragma once
 
 #include "kv_rows.cuh"
+#include "values.cuh"
 
 namespace sagert {
 
 constexpr int kStepKeys = 128;  // keys
 
-#if V8_I8
-constexpr bool kInt8V = true, kQuantizedV = true;
-using VOut = int8_t;
-using VScaleType = uint16_t;  // bf16
-#elif V8_FP8E4NV
-constexpr bool kInt8V = false, kQuantizedV = true;
-using VOut = uint8_t;
-using VScaleType = float;
-#else
-constexpr bool kInt8V = false, kQuantizedV = false;
-using VOut = uint16_t;
-using VScaleType = float;
-#endif
+constexpr bool kInt8V = kV == V::kInt8, kQuantizedV = kV != V::kIo;
 
 // A warp quantizes 16 keys of one scale group: keys 8 j + 2 group + parity, for 8 values of j. Load i of lane l is row
 // i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2.

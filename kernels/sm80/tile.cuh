@@ -3,9 +3,11 @@
 #pragma once
 
 #include "integers.cuh"
+#include "order.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/shared.cuh"
 #include "quantize.cuh"
+#include "values.cuh"
 
 namespace sagert {
 using namespace ptx;
@@ -21,18 +23,6 @@ constexpr int kM = kRows / (16 * kWarps);    // fragments of 16 queries of a war
 constexpr int kStep = 64;                    // keys that a warp takes at a time: a block of K8 and of V8
 constexpr int kStepTiles = kStep / 8;        // fragments of 8 keys
 constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
-// V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
-enum class V { kFp8, kInt8, kIo };
-#if V_I8
-constexpr V kV = V::kInt8;
-using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
-#elif V_FP8E4NV
-constexpr V kV = V::kFp8;
-using VScaleType = float;  // of a channel
-#else
-constexpr V kV = V::kIo;
-using VScaleType = float;  // none
-#endif
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
 constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
@@ -69,13 +59,10 @@ struct Tile {
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   Tile tile;
   int position;
-  if constexpr (kCausal) {  // longest first, among heads whose keys and values stay in L2 together
-    const int section = index / (p.section * p.tiles);
-    const int first = section * p.section;
-    const int heads = min(p.section, p.heads_total - first);
-    const int rest = index - first * p.tiles;
-    tile.head = first + rest % heads;
-    position = p.tiles - 1 - rest / heads;
+  if constexpr (kCausal) {
+    const Place place = longest_first(index, p.tiles, p.section, p.heads_total);
+    tile.head = place.head;
+    position = place.position;
   } else {
     tile.head = index / p.tiles;
     position = index % p.tiles;
