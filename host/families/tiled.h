@@ -36,6 +36,7 @@ struct Plan : Operands {
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
   Memory memory;
 
+  bool reads_v() const { return pv == Pv::kIo && !copy_v; }  // as the caller has it
   const void* kv_at(int64_t offset) const { return memory.in_kv(offset); }
   const void* call_at(int64_t offset) const { return memory.in_call(offset); }
 };
