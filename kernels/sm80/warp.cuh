@@ -19,6 +19,7 @@ constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a qu
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : 0.f;
 constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : 14.f;
 constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
+constexpr float kCoarse = 1.f / 64;         // a larger unit of the scores takes the offset of their bits too far
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
 
 __device__ __forceinline__ void mma_io(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -70,6 +71,27 @@ struct Warp {
 
   __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
 
+  // Largest exponent's factor of the lane's rows.
+  __device__ __forceinline__ float unit() const {
+    float largest = c[0];
+#pragma unroll
+    for (int r = 1; r < kR; ++r) largest = fmaxf(largest, c[r]);
+    return largest;
+  }
+
+  // Exponents of row r take the place of its scores: the lane's largest has `peak`, the others are what lies between.
+  __device__ __forceinline__ void set_exponents(int r, int top, float peak) {
+    if (top == kMasked) peak = kLowest;
+    const float highest = __int_as_float(top);
+#pragma unroll
+    for (int n = 0; n < kStep / 4; ++n) {
+      int& x = scores[r / 2][n / 2][r % 2 * 2 + n % 2];
+      x = __float_as_int(fmaf(__int_as_float(x) - highest, c[r], peak));
+    }
+    c[r] = 1.f;
+    d[r] = 0.f;
+  }
+
   // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
   __device__ __forceinline__ void reduce(float k_scale) {
     int t = threadIdx.x;
@@ -86,18 +108,25 @@ struct Warp {
     }
 #pragma unroll
     for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
-    if (__any_sync(~0u, x[0] > kLargest)) {
+    if (__any_sync(~0u, x[0] > kLargest | unit() > kCoarse)) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       __syncwarp();
+      if (__any_sync(~0u, unit() > kCoarse)) {
+#pragma unroll
+        for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), scaled(r, row_top(r)) + b[r]);
+      }
     }
   }
 
+  // A score in the unit of the exponent, from its bits.
+  __device__ __forceinline__ float scaled(int r, int bits) const { return (__int_as_float(bits) - kRound) * c[r]; }
+
   // `top`: bits of the lane's largest score of row r.
   __device__ __forceinline__ void advance_maximum(int r, int top) {
-    const float highest = quad_max(top == kMasked ? kLowest : (__int_as_float(top) - kRound) * c[r]);
-    const float next = highest + b[r] <= kLargest ? b[r] : kAtMaximum - highest;
+    const float highest = quad_max(top == kMasked ? kLowest : scaled(r, top));
+    const float next = highest + b[r] <= kLargest ? b[r] : __fsub_rd(kAtMaximum, highest);
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
     sum[r] *= alpha;
