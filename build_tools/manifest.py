@@ -29,7 +29,7 @@ FLAGS = {
 }  # fmt: skip
 DTYPES = {"fp16": 1, "bf16": 2}
 SCALARS = ("i1", "i8", "i16", "i32", "i64", "fp32", "fp64")
-POINTEES = (*SCALARS, "u8", "fp16", "bf16", "fp8e4nv", "fp8e5")
+POINTEES = (*SCALARS, "u8", "fp16", "fp16s", "bf16", "fp8e4nv", "fp8e5")  # fp16s: scaled
 AXES = ("head_dim", "causal", "dtype")
 # Of a CUDA kernel: how it is launched. Templates read them as they read options: "$cluster".
 LAUNCH = ("threads", "shared", "cluster", "ctas_per_sm")

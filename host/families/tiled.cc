@@ -17,7 +17,7 @@ constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V
 // Query heads whose keys and values stay in half of L2 together, whole groups of them.
 int64_t section_of(const Plan& plan, const Device& device) {
   int64_t l2 = device.l2_bytes > 0 ? device.l2_bytes / 2 : kSectionBytesMax;
-  int64_t bytes_per_head = plan.blocks * plan.block * plan.padded_head_dim * (plan.pv == Pv::kIo ? 1 + kHalf : 2);
+  int64_t bytes_per_head = plan.blocks * plan.block * plan.padded_head_dim * (1 + v_bytes(plan.pv));
   int64_t heads_kv = std::max(std::min(l2, kSectionBytesMax) / bytes_per_head, int64_t{1});
   int64_t group = plan.args->heads_q / plan.args->heads_kv;
   return std::min(heads_kv * group, plan.heads_q_total);
@@ -27,6 +27,7 @@ int64_t section_of(const Plan& plan, const Device& device) {
 
 Pv pv_of(const KernelEntry& kernel, const char* name) {
   std::string type = pointee(kernel.signature, name);
+  if (type == "fp16s") return Pv::kHalf;
   return type == "fp8e4nv" ? Pv::kFp8 : type == "i8" ? Pv::kInt8 : Pv::kIo;
 }
 
@@ -65,7 +66,7 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_shift = kv.reserve(true, heads * d * kWord);
-  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * (quantized_v ? 1 : kHalf));
+  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * v_bytes(plan.pv));
   plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
   plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);
   plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);

@@ -19,8 +19,11 @@ namespace tiled {
 constexpr int64_t kWord = 4;
 constexpr int64_t kHalf = 2;
 
-// How attention reads V: quantized, or in 16 bits as the caller has it.
-enum class Pv { kFp8, kInt8, kIo };
+// How attention reads V: quantized, in fp16 with a scale per channel, or in 16 bits as the caller has it.
+enum class Pv { kFp8, kInt8, kHalf, kIo };
+
+// Bytes of an element of V as attention reads it.
+inline int64_t v_bytes(Pv pv) { return pv == Pv::kIo || pv == Pv::kHalf ? 2 : 1; }
 
 // What a kernel's signature says of its parameter `name`, which points to V.
 Pv pv_of(const KernelEntry& kernel, const char* name);

@@ -9,7 +9,7 @@ namespace sagert {
 
 constexpr int kStepKeys = 128;  // keys
 
-constexpr bool kInt8V = kV == V::kInt8, kQuantizedV = kV != V::kIo;
+constexpr bool kInt8V = kV == V::kInt8, kQuantizedV = kV != V::kIo, kTiledV = kInt8V || kV == V::kFp8;
 
 // A warp quantizes 16 keys of one scale group: keys 8 j + 2 group + parity, for 8 values of j. Load i of lane l is row
 // i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2.

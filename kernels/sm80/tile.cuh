@@ -26,9 +26,10 @@ constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
 constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
-constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
+constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
+constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKTileBytes = kStep * kHeadDim;
-constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
+constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * kStep * kHeadDim;
 
 struct Params {
   const uint16_t* q;
@@ -79,7 +80,7 @@ struct alignas(128) Shared {
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
   float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
   uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
-  float maximum[kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
+  float maximum[kWarps][8][2 * kM], weight[kV == V::kInt8 ? kWarps : 1][8][2 * kM];
   // Of the tile and its head: they would take registers over all steps.
   Tile tile;
   int steps[kWarps];  // that a warp's queries see

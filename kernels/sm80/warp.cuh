@@ -14,10 +14,11 @@ constexpr int kR = 2 * kM;          // rows of a lane: row() + 8 r
 constexpr int kMagic = 0x4b400000;  // bits of kRound: integers s added to it are the bits of the float kRound + s
 constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a query does not see
 // P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. Floats in 16
-// bits lose nothing by a margin, and fp16 holds up to 2^15; nor do weights of a step, which are fp32. In e4m3 a row's
-// largest weight is to be exact; rounding has lost nothing yet when 2^-8 are added.
-constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : 0.f;
-constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : 14.f;
+// bits lose nothing by a margin, and fp16 holds up to 2^15, also as the sum of a step's products with a V of at most 2;
+// nor do weights of a step, which are fp32. In e4m3 a row's largest weight is to be exact; rounding has lost nothing
+// yet when 2^-8 are added.
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : kV == V::kHalf ? 4.f : 0.f;
+constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : kV == V::kHalf ? 8.f : 14.f;
 constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
 constexpr float kCoarse = 1.f / 64;         // a larger unit of the scores takes the offset of their bits too far
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
@@ -159,7 +160,7 @@ struct Warp {
   __device__ __forceinline__ uint32_t v_lane(int stage) const {
     const unsigned lane = thread() % 32, key = lane % 8;
     const uint32_t tile = SAGERT_AT(base, v) + stage * kVTileBytes;
-    if constexpr (kV == V::kIo) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
+    if constexpr (kRowsOfV) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
     return tile + key * kVRowBytes + swizzled<kVRowBytes == 64 ? 64 : 128>(lane / 8, key) * 16;
   }
 
@@ -349,7 +350,7 @@ struct Warp {
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
-      if constexpr (kV == V::kFp8) {
+      if constexpr (kV == V::kFp8 || kV == V::kHalf) {
         scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
       }
       if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
