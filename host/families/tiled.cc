@@ -14,6 +14,9 @@ constexpr int64_t kKeyGroups = 4;                        // of a block, each wit
 constexpr int64_t kVectorElements = 8;                   // what vector loads need strides to be multiples of
 constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
 
+// Channels of a head as the pre-passes store them: kernels/common/quantize.cuh.
+int64_t stored_channels(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
 // Query heads whose keys and values stay in half of L2 together, whole groups of them.
 int64_t section_of(const Plan& plan, const Device& device) {
   int64_t l2 = device.l2_bytes > 0 ? device.l2_bytes / 2 : kSectionBytesMax;
@@ -36,14 +39,14 @@ void begin_plan(Plan& plan, const Device& device, const sagert_attention_args& a
   plan.args = &args;
   plan.pv = pv;
   plan.block = block;
-  plan.padded_head_dim = variant.head_dim;
+  plan.padded_head_dim = stored_channels(variant.head_dim);
   // Without keys one block of padding is still quantized, so that attention finds defined scales.
   plan.blocks = std::max(ceil_div(args.seqlen_k, block), int64_t{1});
   plan.heads_kv_total = args.batch * args.heads_kv;
   plan.heads_q_total = args.batch * args.heads_q;
   plan.tiles = ceil_div(args.seqlen_q, tile);
   plan.section = section_of(plan, device);
-  static_cast<Operands&>(plan) = operands_of(args, plan.padded_head_dim, kVectorElements);
+  static_cast<Operands&>(plan) = operands_of(args, variant.head_dim, kVectorElements);
   plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
 }

@@ -63,7 +63,7 @@ struct Copies {
     from += static_cast<uint64_t>(step * kStep + r) * stride + c * 16;
 #pragma unroll
     for (int i = 0; i < kStep / kRowsAtATime; ++i) {
-      bool inside = step >= 0;
+      bool inside = step >= 0 && (kChannels == kHeadDim || c * 8 < kChannels);
       if (ragged) inside = inside && static_cast<int>(step * kStep + r) + i * kRowsAtATime < p.seqlen_k;
       async_copy16(to + i * kRowsAtATime * kVRowBytes, from, inside);
       from += kRowsAtATime * stride;

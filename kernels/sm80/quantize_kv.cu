@@ -17,13 +17,14 @@ namespace sagert {
 
 constexpr int kStepBlocks = kStepKeys / kBlock;
 constexpr int kBlocksPerSm = BLOCKS_PER_SM;
+constexpr int kBuffers = kHeadDim > 128 ? 1 : 2;  // of tiles of V
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
 
 struct alignas(128) Shared {
-  uint8_t tile[2][kTiledV ? kStepBlocks * kTileBytes : 16];  // of V
+  uint8_t tile[kBuffers][kTiledV ? kStepBlocks * kTileBytes : 16];  // of V
   float shift[kHeadDim], inverse[kHeadDim];
   float stats[kStatsMax][kHeadDim];
-  float v_amax[2][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
+  float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   int64_t channel_stride;
 };
 
@@ -127,7 +128,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
   constexpr int kStepBytes = kStepBlocks * kTileBytes;
   int turn = 0;
 #pragma unroll 1
-  for (int step = t.last - 1; step >= t.first; --step, turn ^= 1) {
+  for (int step = t.last - 1; step >= t.first; --step, turn ^= kBuffers - 1) {
     int bh = static_cast<int>(t.bh), warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = VTile::first_row();
     forget(bh), forget(lane), forget(first_row);   // what follows from them would take registers over all tiles
     float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
@@ -148,10 +149,11 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       scale_block(s, turn, inverse, block < t.blocks,
                   out.scale + (static_cast<int64_t>(bh) * t.blocks + block) * kHeadDim);
     }
+    if constexpr (kBuffers == 1 && !kInt8V) __syncthreads();  // nobody reads the tile before any more
     write_v_tile<true>(s.tile[turn], tile, shift, inverse, rows_left - first_row);
     forget(first_row);
     if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + first_row);
-    __syncthreads();  // and no thread still reads the other tile
+    __syncthreads();  // and, of two tiles, no thread still reads the other one
     const int bytes = min(t.blocks - step * kStepBlocks, kStepBlocks) * kTileBytes;
     uint8_t* place =
         reinterpret_cast<uint8_t*>(out.v8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;

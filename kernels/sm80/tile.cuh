@@ -12,19 +12,20 @@
 namespace sagert {
 using namespace ptx;
 
-constexpr int kHeadDim = HEAD_DIM;
+constexpr int kChannels = HEAD_DIM;                  // that are multiplied
+constexpr int kHeadDim = stored_channels(HEAD_DIM);  // and that rows in memory have
 constexpr bool kCausal = CAUSAL;
 constexpr int kStages = STAGES;
 constexpr int kAhead = kStages - 1;  // steps that copies are ahead
 constexpr int kWarps = WARPS;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = ROWS;                  // queries of a tile
-constexpr int kM = kRows / (16 * kWarps);    // fragments of 16 queries of a warp
-constexpr int kStep = 64;                    // keys that a warp takes at a time: a block of K8 and of V8
-constexpr int kStepTiles = kStep / 8;        // fragments of 8 keys
-constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
+constexpr int kRows = ROWS;                   // queries of a tile
+constexpr int kM = kRows / (16 * kWarps);     // fragments of 16 queries of a warp
+constexpr int kStep = 64;                     // keys that a warp takes at a time: a block of K8 and of V8
+constexpr int kStepTiles = kStep / 8;         // fragments of 8 keys
+constexpr int kChannelTiles = kChannels / 8;  // and of 8 channels
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
-constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
+constexpr int kQueryParts = kChannels / 32;  // of 32 channels
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
 constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
 constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel

@@ -177,11 +177,11 @@ struct Warp {
 
   // Quantizes queries that cannot be read as vectors, through shared memory, before anything else is there.
   __device__ __forceinline__ void stage_all(float (&scale)[kR]) {
-    uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kHeadDim);
+    uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kChannels);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       stage_queries(p, queries(), first_row() + 16 * m, p.seqlen_q - s.tile.row, staged);
-      quantize_queries(p, s.tile, staged + lane() / 4 * kHeadDim, kHeadDim, first_row() + 16 * m, m, q, scale);
+      quantize_queries(p, s.tile, staged + lane() / 4 * kChannels, kChannels, first_row() + 16 * m, m, q, scale);
       __syncwarp();
     }
     __syncthreads();
@@ -244,7 +244,7 @@ struct Warp {
 
   template <int first, int last>
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
-    static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
+    static_assert(first % 2 == 0, "a load brings 64 channels of 8 keys");
     const uint32_t address = k_lane(stage);
     constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
 #pragma unroll
@@ -257,7 +257,7 @@ struct Warp {
           load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kHeadDim);
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 2 && k + i < last; ++i) {
 #pragma unroll
           for (int n = 0; n < kGroup; ++n) {
 #pragma unroll
@@ -369,7 +369,7 @@ struct Warp {
       uint16_t* place = out + query * p.o_ss;
       auto pair = [&](int j) { return to_io2(o[r / 2][j][r % 2 * 2], o[r / 2][j][r % 2 * 2 + 1]); };
       if (p.o_vec) {
-        store_row<kHeadDim>(place, quad(), query < p.seqlen_q, pair);
+        store_row<kChannels>(place, quad(), query < p.seqlen_q, pair);
       } else if (query < p.seqlen_q) {
 #pragma unroll
         for (int j = 0; j < kChannelTiles; ++j) {
