@@ -115,8 +115,8 @@ def _bounds(args: argparse.Namespace) -> None:
 
     gpus = bounds.load_gpus()
     names = {gpu.arch for gpu in gpus}
-    chosen = [plan for plan in plans(args.kernels, args.arch, args.row) if plan.manifest.arch.name in names]
-    rows = frozenset(row.id for plan in plans(args.kernels, [], []) for row in plan.rows)
+    chosen = [plan for plan in plans(args.kernels, args.arch, args.row, True) if plan.manifest.arch.name in names]
+    rows = frozenset(row.id for plan in plans(args.kernels, [], [], True) for row in plan.rows)
     entries = bounds.of_rows(chosen, args.kernels, Cache(args.cache or default_folder()), args.jobs)
     entries += bounds.of_file(args.others, rows) if args.others else []
     sys.stdout.write(bounds.markdown(entries, gpus))

@@ -15,8 +15,8 @@ from build_tools.manifest import load
 from build_tools.progress import Progress
 
 
-def plans(kernels: Path, archs: list[str], rows: list[str]) -> list[Plan]:
-    """The plans of the named architectures and rows; of all if none is named."""
+def plans(kernels: Path, archs: list[str], rows: list[str], trial: bool = False) -> list[Plan]:
+    """The plans of the named architectures and rows; of all if none is named, without those on trial unless asked."""
     manifests = load(kernels)
     known = [manifest.arch.name for manifest in manifests]
     for name in archs:
@@ -27,7 +27,7 @@ def plans(kernels: Path, archs: list[str], rows: list[str]) -> list[Plan]:
     for name in rows:
         if name not in ids:
             raise BuildError(f"--row {name}: there is no such row; there are: {', '.join(ids)}")
-    return [plan for manifest in chosen if (plan := expand.expand(manifest, frozenset(rows))).rows or not rows]
+    return [plan for manifest in chosen if (plan := expand.expand(manifest, frozenset(rows), trial)).rows or not rows]
 
 
 def _make(

@@ -102,9 +102,9 @@ def resolve(value: Any, axes: dict[str, Any], where: str) -> Any:
     raise ManifestError(f"{where}: no entry fits {axes}: add one, or a last entry with value alone")
 
 
-def expand(manifest: Manifest, row_ids: frozenset[str] = frozenset()) -> Plan:
-    """The plan of one architecture, of all rows or of the named ones only."""
-    rows = tuple(row for row in manifest.rows if not row_ids or row.id in row_ids)
+def expand(manifest: Manifest, row_ids: frozenset[str] = frozenset(), trial: bool = False) -> Plan:
+    """The plan of one architecture, of the rows that wheels have (`trial`: of all) or of the named ones only."""
+    rows = tuple(row for row in manifest.rows if (row.id in row_ids if row_ids else trial or not row.trial))
     drafts: dict[str, _Draft] = {}  # by digest: as dictionary keys, 1 and True would be one job
     points: list[tuple[Row, dict[str, Any], dict[str, str]]] = []
     for row in rows:

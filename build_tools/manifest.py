@@ -29,7 +29,7 @@ FLAGS = {
 }  # fmt: skip
 DTYPES = {"fp16": 1, "bf16": 2}
 SCALARS = ("i1", "i8", "i16", "i32", "i64", "fp32", "fp64")
-POINTEES = (*SCALARS, "u8", "fp16", "bf16", "fp8e4nv", "fp8e5")
+POINTEES = (*SCALARS, "u8", "fp16", "fp16s", "bf16", "fp8e4nv", "fp8e5")  # fp16s: scaled
 AXES = ("head_dim", "causal", "dtype")
 # Of a CUDA kernel: how it is launched. Templates read them as they read options: "$cluster".
 LAUNCH = ("threads", "shared", "cluster", "ctas_per_sm")
@@ -126,6 +126,7 @@ class Row:
     options: dict[str, Any]
     kernels: tuple[KernelUse, ...]
     rank_when: tuple[ranks.RankWhen, ...]
+    trial: bool  # built where it is named, for tests; no wheel has it
     where: str
 
 
@@ -293,6 +294,7 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     table = Table(data, f"{shown}: row {data.get('id', '?')!r}")
     name = _identifier(table)
     family: str = table.take("family", str)
+    trial = table.take("trial", bool, False)
     precision = table.choice("precision", PRECISIONS)
     rank = table.at_least("rank", 0)
     accuracy = table.table("accuracy")
@@ -331,7 +333,7 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
     table.finish()
     return Row(
         name, family, precision, accuracy_class, rel_l1, rank, runs_on, driver_min, head_dim_max, any_head_dim_v,
-        seqlen_max, flags, axes, quant, options, uses, rank_when, table.where,
+        seqlen_max, flags, axes, quant, options, uses, rank_when, trial, table.where,
     )  # fmt: skip
 
 

@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
-#include <vector>
 
-#include "../bundle.h"
 #include "../error.h"
 #include "../launch.h"
 #include "../request.h"
 #include "../table.h"
 #include "common.h"
+#include "planned.h"
 #include "tiled.h"
 
 namespace sagert {
@@ -180,53 +179,27 @@ Traits read_traits(const VariantEntry& variant) {
   return traits;
 }
 
-class Mma : public Family {
+class Mma : public PlannedFamily<Traits, Plan> {
  public:
-  Mma() {
-    for (int32_t i = 0; i < kVariantCount; ++i) {
-      bool mine = std::string(kRows[kVariants[i].row].family) == "mma";
-      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
-    }
-  }
-
-  uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).memory.workspace_size);
-  }
-
-  KvSize kv_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
-    Plan plan = make_plan(device, args, kVariants[variant], traits(variant));
-    return {plan.memory.kv_size, plan.pv == Pv::kIo && !plan.copy_v};
-  }
-
-  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
-           Phase phase) const override {
-    const VariantEntry& entry = kVariants[variant];
-    Plan plan = make_plan(device, args, entry, traits(variant));
-    check_memory(args, plan.memory, phase);
-    // Everything is made ready before the first launch: a failure leaves nothing half done.
-    CUkernel kernels[kRoleCount] = {};
-    auto needed = [&](int role) { return (phase & (role == kAttention ? kAttend : kPrepareKv)) != 0; };
-    for (int role : kRoles) {
-      if (needed(role)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
-    }
-    for (int role : kRoles) {
-      if (!needed(role)) continue;
-      KernelParameters parameters;
-      pass(parameters, plan, role);
-      bool after_own = role != kKvStats && (phase & kPrepareKv) != 0;
-      launch(driver, kernels[role], kKernels[entry.kernels[role]], blocks_of(plan, role), parameters, args.stream,
-             after_own);
-    }
-  }
+  Mma() : PlannedFamily("mma", read_traits) {}
 
  private:
-  const Traits& traits(int32_t variant) const {
-    const Traits& traits = traits_[static_cast<size_t>(variant)];
-    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
-    return traits;
+  Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
+                 const Traits& traits) const override {
+    return mma::make_plan(device, args, variant, traits);
   }
 
-  std::vector<Traits> traits_;
+  void enqueue(const Driver& driver, const Device& device, Plan& plan, const VariantEntry& variant, const Traits&,
+               Phase phase) const override {
+    auto needed = [&](int role) { return (phase & (role == kAttention ? kAttend : kPrepareKv)) != 0; };
+    launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
+      KernelParameters parameters;
+      pass(parameters, plan, role);
+      const bool after_own = role != kKvStats && (phase & kPrepareKv) != 0;
+      launch(driver, ready, kKernels[variant.kernels[role]], blocks_of(plan, role), parameters, plan.args->stream,
+             after_own);
+    });
+  }
 };
 
 }  // namespace

@@ -4,14 +4,13 @@
 
 #include <algorithm>
 #include <string>
-#include <vector>
 
-#include "../bundle.h"
 #include "../error.h"
 #include "../launch.h"
 #include "../request.h"
 #include "../table.h"
 #include "common.h"
+#include "planned.h"
 #include "portable_plan.h"
 
 namespace sagert {
@@ -275,58 +274,32 @@ Traits read_traits(const VariantEntry& variant) {
   return traits;
 }
 
-class Portable : public Family {
+bool in_phase(int role, Phase phase) {
+  return (phase & (role > kQuantizeQ ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+}
+
+class Portable : public PlannedFamily<Traits, Plan> {
  public:
-  Portable() {
-    for (int32_t i = 0; i < kVariantCount; ++i) {
-      bool mine = std::string(kRows[kVariants[i].row].family) == "portable";
-      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
-    }
-  }
-
-  uint64_t workspace_size(const Device&, const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(args, kVariants[variant], traits(variant)).memory.workspace_size);
-  }
-
-  KvSize kv_size(const Device&, const sagert_attention_args& args, int32_t variant) const override {
-    Plan plan = make_plan(args, kVariants[variant], traits(variant));
-    return {plan.memory.kv_size, plan.direct_v};
-  }
-
-  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
-           Phase phase) const override {
-    const VariantEntry& entry = kVariants[variant];
-    Plan plan = make_plan(args, entry, traits(variant));
-    check_memory(args, plan.memory, phase);
-    // All kernels are made ready before the first is launched: a failure leaves nothing half done.
-    CUkernel kernels[kRoleCount] = {};
-    auto needed = [&](int role) {
-      return in_phase(role, phase) && entry.kernels[role] >= 0 && general_needs(plan, role);
-    };
-    for (int role : kRoles) {
-      if (needed(role)) kernels[role] = ready_kernel(driver, device, entry.kernels[role]);
-    }
-    for (int role : kRoles) {
-      if (!needed(role)) continue;
-      const KernelEntry& kernel = kKernels[entry.kernels[role]];
-      KernelParameters parameters;
-      pass(parameters, plan, role);
-      launch(driver, kernels[role], kernel, blocks_of(plan, role, kernel.tile), parameters, args.stream);
-    }
-  }
+  Portable() : PlannedFamily("portable", read_traits) {}
 
  private:
-  static bool in_phase(int role, Phase phase) {
-    return (phase & (role > kQuantizeQ ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+  Plan make_plan(const Device&, const sagert_attention_args& args, const VariantEntry& variant,
+                 const Traits& traits) const override {
+    return portable::make_plan(args, variant, traits);
   }
 
-  const Traits& traits(int32_t variant) const {
-    const Traits& traits = traits_[static_cast<size_t>(variant)];
-    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
-    return traits;
+  void enqueue(const Driver& driver, const Device& device, Plan& plan, const VariantEntry& variant, const Traits&,
+               Phase phase) const override {
+    auto needed = [&](int role) {
+      return in_phase(role, phase) && variant.kernels[role] >= 0 && general_needs(plan, role);
+    };
+    launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
+      const KernelEntry& kernel = kKernels[variant.kernels[role]];
+      KernelParameters parameters;
+      pass(parameters, plan, role);
+      launch(driver, ready, kernel, blocks_of(plan, role, kernel.tile), parameters, plan.args->stream);
+    });
   }
-
-  std::vector<Traits> traits_;
 };
 
 }  // namespace

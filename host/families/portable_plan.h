@@ -60,6 +60,7 @@ struct Plan : Operands {
 
   const void* kv_at(int64_t offset) const { return memory.in_kv(offset); }
   const void* call_at(int64_t offset) const { return memory.in_call(offset); }
+  bool reads_v() const { return direct_v; }
   const void* v_data() const { return direct_v ? args->v.data : kv_at(v_out); }
 };
 

@@ -14,10 +14,13 @@ constexpr int64_t kKeyGroups = 4;                        // of a block, each wit
 constexpr int64_t kVectorElements = 8;                   // what vector loads need strides to be multiples of
 constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
 
+// Channels of a head as the pre-passes store them: kernels/common/quantize.cuh.
+int64_t stored_channels(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
 // Query heads whose keys and values stay in half of L2 together, whole groups of them.
 int64_t section_of(const Plan& plan, const Device& device) {
   int64_t l2 = device.l2_bytes > 0 ? device.l2_bytes / 2 : kSectionBytesMax;
-  int64_t bytes_per_head = plan.blocks * plan.block * plan.padded_head_dim * (plan.pv == Pv::kIo ? 1 + kHalf : 2);
+  int64_t bytes_per_head = plan.blocks * plan.block * plan.padded_head_dim * (1 + v_bytes(plan.pv));
   int64_t heads_kv = std::max(std::min(l2, kSectionBytesMax) / bytes_per_head, int64_t{1});
   int64_t group = plan.args->heads_q / plan.args->heads_kv;
   return std::min(heads_kv * group, plan.heads_q_total);
@@ -27,6 +30,7 @@ int64_t section_of(const Plan& plan, const Device& device) {
 
 Pv pv_of(const KernelEntry& kernel, const char* name) {
   std::string type = pointee(kernel.signature, name);
+  if (type == "fp16s") return Pv::kHalf;
   return type == "fp8e4nv" ? Pv::kFp8 : type == "i8" ? Pv::kInt8 : Pv::kIo;
 }
 
@@ -35,14 +39,14 @@ void begin_plan(Plan& plan, const Device& device, const sagert_attention_args& a
   plan.args = &args;
   plan.pv = pv;
   plan.block = block;
-  plan.padded_head_dim = variant.head_dim;
+  plan.padded_head_dim = stored_channels(variant.head_dim);
   // Without keys one block of padding is still quantized, so that attention finds defined scales.
   plan.blocks = std::max(ceil_div(args.seqlen_k, block), int64_t{1});
   plan.heads_kv_total = args.batch * args.heads_kv;
   plan.heads_q_total = args.batch * args.heads_q;
   plan.tiles = ceil_div(args.seqlen_q, tile);
   plan.section = section_of(plan, device);
-  static_cast<Operands&>(plan) = operands_of(args, plan.padded_head_dim, kVectorElements);
+  static_cast<Operands&>(plan) = operands_of(args, variant.head_dim, kVectorElements);
   plan.smooth_k = (args.flags & SAGERT_FLAG_NO_SMOOTH_K) == 0;
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
 }
@@ -65,7 +69,7 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_shift = kv.reserve(true, heads * d * kWord);
-  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * (quantized_v ? 1 : kHalf));
+  plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * v_bytes(plan.pv));
   plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
   plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);
   plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);

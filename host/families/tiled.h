@@ -19,8 +19,11 @@ namespace tiled {
 constexpr int64_t kWord = 4;
 constexpr int64_t kHalf = 2;
 
-// How attention reads V: quantized, or in 16 bits as the caller has it.
-enum class Pv { kFp8, kInt8, kIo };
+// How attention reads V: quantized, in fp16 with a scale per channel, or in 16 bits as the caller has it.
+enum class Pv { kFp8, kInt8, kHalf, kIo };
+
+// Bytes of an element of V as attention reads it.
+inline int64_t v_bytes(Pv pv) { return pv == Pv::kIo || pv == Pv::kHalf ? 2 : 1; }
 
 // What a kernel's signature says of its parameter `name`, which points to V.
 Pv pv_of(const KernelEntry& kernel, const char* name);
@@ -36,6 +39,7 @@ struct Plan : Operands {
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
   Memory memory;
 
+  bool reads_v() const { return pv == Pv::kIo && !copy_v; }  // as the caller has it
   const void* kv_at(int64_t offset) const { return memory.in_kv(offset); }
   const void* call_at(int64_t offset) const { return memory.in_call(offset); }
 };

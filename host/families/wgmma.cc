@@ -5,14 +5,13 @@
 #include <algorithm>
 #include <cstring>
 #include <string>
-#include <vector>
 
-#include "../bundle.h"
 #include "../error.h"
 #include "../launch.h"
 #include "../request.h"
 #include "../table.h"
 #include "common.h"
+#include "planned.h"
 #include "tiled.h"
 
 namespace sagert {
@@ -23,7 +22,8 @@ using tiled::kHalf;
 using tiled::kWord;
 using tiled::Pv;
 
-constexpr int64_t kBlock = 128;         // keys per block of quantized K and V
+constexpr int kRoles[] = {kQuantizeKv, kAttention, kAttentionLse, kCombine};  // in launch order; one attention each
+constexpr int64_t kBlock = 128;                                               // keys per block of quantized K and V
 constexpr int64_t kVectorElements = 8;  // what a tensor map needs strides to be multiples of
 // The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
@@ -74,8 +74,8 @@ int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
   return std::max(parts, int64_t{1});
 }
 
-Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
-               const Traits& traits) {
+Plan plan_of(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
+             const Traits& traits) {
   Plan plan;
   const int64_t tile = kKernels[variant.kernels[kAttention]].tile;
   begin_plan(plan, device, args, variant, traits.pv, kBlock, tile);
@@ -233,71 +233,44 @@ Traits read_traits(const VariantEntry& variant) {
   return traits;
 }
 
-class Wgmma : public Family {
+class Wgmma : public PlannedFamily<Traits, Plan> {
  public:
-  Wgmma() {
-    for (int32_t i = 0; i < kVariantCount; ++i) {
-      bool mine = std::string(kRows[kVariants[i].row].family) == "wgmma";
-      traits_.push_back(mine ? read_traits(kVariants[i]) : Traits());
-    }
-  }
-
-  uint64_t workspace_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
-    return static_cast<uint64_t>(make_plan(device, args, kVariants[variant], traits(variant)).memory.workspace_size);
-  }
-
-  KvSize kv_size(const Device& device, const sagert_attention_args& args, int32_t variant) const override {
-    Plan plan = make_plan(device, args, kVariants[variant], traits(variant));
-    return {plan.memory.kv_size, plan.pv == Pv::kIo && !plan.copy_v};
-  }
-
-  void run(const Driver& driver, const Device& device, const sagert_attention_args& args, int32_t variant,
-           Phase phase) const override {
-    const VariantEntry& entry = kVariants[variant];
-    Plan plan = make_plan(device, args, entry, traits(variant));
-    check_memory(args, plan.memory, phase);
-    bool prepass = (phase & kPrepareKv) != 0;
-    bool attend = (phase & kAttend) != 0;
-    // Everything is made ready before the first launch: a failure leaves nothing half done.
-    CUkernel quantize_kv = prepass ? ready_kernel(driver, device, entry.kernels[kQuantizeKv]) : nullptr;
-    const int32_t attention_index =
-        entry.kernels[traits(variant).lse_apart && plan.write_lse ? kAttentionLse : kAttention];
-    CUkernel attention = attend ? ready_kernel(driver, device, attention_index) : nullptr;
-    bool split = attend && plan.parts > 1;
-    CUkernel combine = split ? ready_kernel(driver, device, entry.kernels[kCombine]) : nullptr;
-    if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
-    if (prepass) {
-      const KernelEntry& kernel = kKernels[entry.kernels[kQuantizeKv]];
-      KernelParameters parameters;
-      pass_quantize_kv(parameters, plan);
-      int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
-      int64_t cluster = prepass_cluster(device, kernel, plan);
-      launch(driver, quantize_kv, kernel, jobs * cluster, parameters, args.stream, false, narrow(cluster));
-    }
-    if (attend) {
-      const KernelEntry& kernel = kKernels[attention_index];
-      KernelParameters parameters;
-      pass_attention(parameters, plan);
-      int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
-      launch(driver, attention, kernel, blocks, parameters, args.stream, prepass, 0, plan.parts);
-    }
-    if (split) {
-      const KernelEntry& kernel = kKernels[entry.kernels[kCombine]];
-      KernelParameters parameters;
-      pass_combine(parameters, plan);
-      int64_t blocks = ceil_div(plan.heads_q_total * args.seqlen_q, kernel.tile);
-      launch(driver, combine, kernel, blocks, parameters, args.stream, true);
-    }
-  }
+  Wgmma() : PlannedFamily("wgmma", read_traits) {}
 
  private:
-  const Traits& traits(int32_t variant) const {
-    const Traits& traits = traits_[static_cast<size_t>(variant)];
-    if (!traits.defect.empty()) throw Error(SAGERT_ERROR_INTERNAL, traits.defect);
-    return traits;
+  Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
+                 const Traits& traits) const override {
+    return plan_of(device, args, variant, traits);
   }
 
-  std::vector<Traits> traits_;
+  void enqueue(const Driver& driver, const Device& device, Plan& plan, const VariantEntry& variant,
+               const Traits& traits, Phase phase) const override {
+    const int attention = traits.lse_apart && plan.write_lse ? kAttentionLse : kAttention;
+    const bool prepass = (phase & kPrepareKv) != 0, attend = (phase & kAttend) != 0;
+    void* stream = plan.args->stream;
+    if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
+    auto needed = [&](int role) {
+      return role == kQuantizeKv ? prepass : attend && (role == attention || (role == kCombine && plan.parts > 1));
+    };
+    launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
+      const KernelEntry& kernel = kKernels[variant.kernels[role]];
+      KernelParameters parameters;
+      if (role == kQuantizeKv) {
+        pass_quantize_kv(parameters, plan);
+        int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
+        int64_t cluster = prepass_cluster(device, kernel, plan);
+        launch(driver, ready, kernel, jobs * cluster, parameters, stream, false, narrow(cluster));
+      } else if (role == kCombine) {
+        pass_combine(parameters, plan);
+        int64_t blocks = ceil_div(plan.heads_q_total * plan.args->seqlen_q, kernel.tile);
+        launch(driver, ready, kernel, blocks, parameters, stream, true);
+      } else {
+        pass_attention(parameters, plan);
+        int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
+        launch(driver, ready, kernel, blocks, parameters, stream, prepass, 0, plan.parts);
+      }
+    });
+  }
 };
 
 }  // namespace

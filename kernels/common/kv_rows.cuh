@@ -13,7 +13,7 @@
 namespace sagert {
 using namespace ptx;
 
-constexpr int kHeadDim = HEAD_DIM;
+constexpr int kHeadDim = stored_channels(HEAD_DIM);
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlock = KEYS;                   // keys

@@ -3,30 +3,25 @@
 #pragma once
 
 #include "kv_rows.cuh"
+#include "values.cuh"
 
 namespace sagert {
 
 constexpr int kStepKeys = 128;  // keys
 
-#if V8_I8
-constexpr bool kInt8V = true, kQuantizedV = true;
-using VOut = int8_t;
-using VScaleType = uint16_t;  // bf16
-#elif V8_FP8E4NV
-constexpr bool kInt8V = false, kQuantizedV = true;
-using VOut = uint8_t;
-using VScaleType = float;
-#else
-constexpr bool kInt8V = false, kQuantizedV = false;
-using VOut = uint16_t;
-using VScaleType = float;
-#endif
+constexpr bool kInt8V = kV == V::kInt8, kQuantizedV = kV != V::kIo, kTiledV = kInt8V || kV == V::kFp8;
 
 // A warp quantizes 16 keys of one scale group: keys 8 j + 2 group + parity, for 8 values of j. Load i of lane l is row
-// i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2.
+// i * kKRows + l / kChunks of these, row r being j = 8 * half + r / 2, parity r % 2; where a warp loads one row at a
+// time, the rows of parity 0 come first.
 constexpr int kKRows = 32 / kChunks;  // rows per load of a warp
 constexpr int kKLoads = 16 / kKRows;
-constexpr int kKStep = 4 * kKRows;  // rows from one load to the next, a multiple of the swizzle's period
+constexpr bool kKSingle = kKRows == 1;
+constexpr int kKStep = kKSingle ? 8 : 4 * kKRows;  // keys from one load to the next, a multiple of the swizzle's period
+
+// Load i: its first row of the warp's 16, and how many keys it is behind the thread's first.
+__device__ __forceinline__ constexpr int k_load_row(int i) { return kKSingle ? 2 * (i % 8) + i / 8 : i * kKRows; }
+__device__ __forceinline__ constexpr int k_load_key(int i) { return kKSingle ? i % 8 * kKStep + i / 8 : i * kKStep; }
 
 struct KTile {
   uint32_t x[kKLoads][4];
@@ -36,7 +31,14 @@ struct KTile {
     return 8 * (warp / kKGroups * 8 + r / 2) + 2 * (warp % kKGroups) + r % 2;
   }
   __device__ __forceinline__ void load(const Input& in, int row) {
-    load_rows(x, in, row, kKStep, 8 * (threadIdx.x % kChunks));
+    const int channel = 8 * (threadIdx.x % kChunks);
+    if constexpr (kKSingle) {
+      using Half = uint32_t[kKLoads / 2][4];
+      load_rows(reinterpret_cast<Half&>(x[0]), in, row, kKStep, channel);
+      load_rows(reinterpret_cast<Half&>(x[kKLoads / 2]), in, row + 1, kKStep, channel);
+    } else {
+      load_rows(x, in, row, kKStep, channel);
+    }
   }
 };
 
@@ -61,7 +63,7 @@ __device__ __forceinline__ Extrema<4> extrema_of(const KTile& tile) {
 // Extrema of the ordinary rows; sorts out the others and marks the non-finite rows of the warp in `bad`.
 __device__ __forceinline__ void find_special_rows(Extrema<4>& extrema, const KTile& tile, int rows_left,
                                                   SpecialRows& special, uint32_t& bad) {
-  constexpr uint32_t kRowLanes = (1u << kChunks) - 1;
+  constexpr uint32_t kRowLanes = ~0u >> (32 - kChunks);
   int first_lane = threadIdx.x % 32 / kChunks * kChunks;
   extrema.clear();
 #pragma unroll
@@ -77,9 +79,9 @@ __device__ __forceinline__ void find_special_rows(Extrema<4>& extrema, const KTi
     uint32_t bad_lanes = __ballot_sync(0xffffffffu, has_inf) | nan_lanes;
 #pragma unroll
     for (int r = 0; r < kKRows; ++r) {
-      if (bad_lanes >> r * kChunks & kRowLanes) bad |= 1u << (i * kKRows + r);
+      if (bad_lanes >> r * kChunks & kRowLanes) bad |= 1u << (k_load_row(i) + r);
     }
-    bool is_absent = i * kKStep >= rows_left;
+    bool is_absent = k_load_key(i) >= rows_left;
     bool is_bad = (bad_lanes >> first_lane & kRowLanes) != 0;
     bool is_nan = (nan_lanes >> first_lane & kRowLanes) != 0;
     if (!is_absent && !is_bad) extrema.add(tile.x[i]);
@@ -115,7 +117,9 @@ __device__ __forceinline__ void write_k_rows(uint8_t* out, int offset, const KTi
     }
     uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
     if (check && special.zero >> i & 1) packed = make_uint2(0, 0);
-    *reinterpret_cast<uint2*>(out + offset + i * kKStep * kHeadDim) = packed;
+    // The swizzle of an odd key: its row is another one of 16 bytes.
+    const int place = kKSingle && i >= kKLoads / 2 ? (offset ^ 16) : offset;
+    *reinterpret_cast<uint2*>(out + place + k_load_key(i) * kHeadDim) = packed;
   }
 }
 
@@ -175,7 +179,8 @@ __device__ __forceinline__ void scale_channels(float (&amax)[kVChannels], uint32
 // of a fragment of P V stand together.
 __device__ __forceinline__ void write_scales(const uint32_t (&bits)[kVChannels], int channel, VScaleType* scale) {
   int pair = channel / 2;  // a multiple of kVWords
-  uint32_t* place = reinterpret_cast<uint32_t*>(scale) + (pair & 48 | pair << 2 & 12 | pair >> 2 & 3);
+  constexpr int kGroup = kHeadDim > 128 ? 112 : 48;
+  uint32_t* place = reinterpret_cast<uint32_t*>(scale) + (pair & kGroup | pair << 2 & 12 | pair >> 2 & 3);
 #pragma unroll
   for (int i = 0; i < kVWords; ++i) place[4 * i] = bits[2 * i] | bits[2 * i + 1] << 16;
 }

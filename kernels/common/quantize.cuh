@@ -52,10 +52,14 @@ __device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint3
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// Which 16-byte chunk of a row of `row_bytes` (64 or 128) the swizzle puts chunk `chunk` of row `row` at.
+// Channels of a head as the pre-passes of the tuned families store them.
+constexpr int stored_channels(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+// Which 16-byte chunk of a row of `row_bytes` (64, or a multiple of 128) the swizzle puts chunk `chunk` of row `row`
+// at.
 template <int row_bytes>
 __device__ __forceinline__ int swizzled(int chunk, int row) {
-  return chunk ^ (row_bytes == 128 ? row & 7 : row >> 1 & 3);
+  return chunk ^ (row_bytes >= 128 ? row & 7 : row >> 1 & 3);
 }
 
 }  // namespace sagert

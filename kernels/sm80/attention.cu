@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of the mma.sync family: INT8 Q K^T, online softmax in base 2 (FlashAttention-2, arXiv 2307.08691), and P V
-// of V in 16 bits, as the caller has it, with P in the same type; of V in INT8 in integers; of V in FP8 with P in e4m3
-// and the factor 448 in its exponent (SageAttention2, arXiv 2411.10958).
+// of V in 16 bits, as the caller has it, with P in the same type, or of scaled V with P in fp16 and sums in fp16; of V
+// in INT8 in integers; of V in FP8 with P in e4m3 and the factor 448 in its exponent (SageAttention2, arXiv
+// 2411.10958).
 //
 // A thread block has one tile of queries. A warp holds its queries, quantized, and its rows of O in registers; keys and
 // values come through a ring of stages in shared memory. docs/performance/mma.md has the budget and the measurements.
@@ -9,6 +10,8 @@
 #include "fold.cuh"
 #elif V_FP8E4NV
 #include "fp8.cuh"
+#elif V_FP16S
+#include "half.cuh"
 #else
 #include "direct.cuh"
 #endif
@@ -34,6 +37,8 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, MIN_BLOCKS)
   FoldWarp warp(p, s);
 #elif V_FP8E4NV
   Fp8Warp warp(p, s);
+#elif V_FP16S
+  HalfWarp warp(p, s);
 #else
   DirectWarp warp(p, s);
 #endif

@@ -17,7 +17,7 @@ struct Copies {
     s.tile = tile;
     s.head_k = p.k8 + block * kStep * kHeadDim;
     s.head_k_scale = p.k_scale + block * 4;
-    if constexpr (kV == V::kIo) {
+    if constexpr (kRowsOfV) {
       const int heads_kv = p.heads_q / p.group;
       s.head_v = p.v + 2 * (head / heads_kv * p.v_sb + head % heads_kv * p.v_sh);
     } else {
@@ -35,7 +35,7 @@ struct Copies {
     copy_tile<kKTileBytes>(SAGERT_AT(base, k) + stage * kKTileBytes, k, inside);
     const int8_t* v = load_shared_pointer<int8_t>(SAGERT_AT(base, head_v));
     const uint32_t v_tile = SAGERT_AT(base, v) + stage * kVTileBytes;
-    if constexpr (kV == V::kIo) {
+    if constexpr (kRowsOfV) {
       copy_rows<ragged>(v_tile, v, step);
     } else {
       copy_tile<kVTileBytes>(v_tile, v + static_cast<int64_t>(step) * kVTileBytes, inside);
@@ -63,7 +63,7 @@ struct Copies {
     from += static_cast<uint64_t>(step * kStep + r) * stride + c * 16;
 #pragma unroll
     for (int i = 0; i < kStep / kRowsAtATime; ++i) {
-      bool inside = step >= 0;
+      bool inside = step >= 0 && (kChannels == kHeadDim || c * 8 < kChannels);
       if (ragged) inside = inside && static_cast<int>(step * kStep + r) + i * kRowsAtATime < p.seqlen_k;
       async_copy16(to + i * kRowsAtATime * kVRowBytes, from, inside);
       from += kRowsAtATime * stride;

@@ -63,7 +63,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
           for (int i = unit * kPairs / kUnits; i < (unit + 1) * kPairs / kUnits; ++i) weigh(chunk + 1, i);
         }
       }
-      if (kHeadDim == 128 && chunk == 0) hold();
+      if (kChannels >= 96 && chunk == 0) hold();
       if (chunk == 0) copy_next(step - kAhead);
     }
   }

@@ -22,6 +22,12 @@ struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
   Weights weights;
 
+  // The lane's largest score of row r in the unit of the exponent, rounded up.
+  __device__ __forceinline__ float own_highest(int r) const {
+    const int top = row_top(r);
+    return top == kMasked ? kLowest : __fmul_ru(__int_as_float(top) - kRound, c[r]);
+  }
+
   // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte
   // would carry.
   __device__ __forceinline__ void reduce_step(float k_scale) {
@@ -33,8 +39,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
-      const int top = row_top(r);
-      highest[r] = quad_max(top == kMasked ? kLowest : __fmul_ru(__int_as_float(top) - kRound, c[r]));
+      highest[r] = quad_max(own_highest(r));
     }
     load_shared(b, SAGERT_AT(rows, maximum));
     bool within = true;
@@ -44,10 +49,14 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       if (highest[r] == kLowest) d[r] = 0.f;  // no key is seen: masked scores are to vanish beside d
       within = within & highest[r] + b[r] <= kLargest;
     }
-    if (__any_sync(~0u, !within)) {
+    if (__any_sync(~0u, !within | unit() > kCoarse)) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_unit(r, highest[r]);
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
+      if (__any_sync(~0u, unit() > kCoarse)) {
+#pragma unroll
+        for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), own_highest(r) - highest[r] + kLog2PMax);
+      }
     }
     // A byte's unit, relative to the maximum that O refers to.
 #pragma unroll

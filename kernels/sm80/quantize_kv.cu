@@ -6,7 +6,7 @@
 // Tiles of kBlock keys are laid out as attention's shared memory has them:
 //   K8 tile [kBlock keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, kBlock keys]: chunk c of channel d at kBlock * d + 16 * (c ^ swizzle(d)), each 16 keys in pair order.
-// INT8 V has scales per tile and channel, in the order that write_scales gives them.
+// INT8 V has scales per tile and channel, in the order that write_scales gives them. fp16 V stays in rows of D.
 #include "integers.cuh"
 #include "kv_statistics.cuh"
 #include "kv_tiles.cuh"
@@ -17,13 +17,14 @@ namespace sagert {
 
 constexpr int kStepBlocks = kStepKeys / kBlock;
 constexpr int kBlocksPerSm = BLOCKS_PER_SM;
+constexpr int kBuffers = kHeadDim > 128 ? 1 : 2;  // of tiles of V
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
 
 struct alignas(128) Shared {
-  uint8_t tile[2][kQuantizedV ? kStepBlocks * kTileBytes : 16];  // of V
+  uint8_t tile[kBuffers][kTiledV ? kStepBlocks * kTileBytes : 16];  // of V
   float shift[kHeadDim], inverse[kHeadDim];
   float stats[kStatsMax][kHeadDim];
-  float v_amax[2][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
+  float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   int64_t channel_stride;
 };
 
@@ -127,7 +128,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
   constexpr int kStepBytes = kStepBlocks * kTileBytes;
   int turn = 0;
 #pragma unroll 1
-  for (int step = t.last - 1; step >= t.first; --step, turn ^= 1) {
+  for (int step = t.last - 1; step >= t.first; --step, turn ^= kBuffers - 1) {
     int bh = static_cast<int>(t.bh), warp = threadIdx.x / 32, lane = threadIdx.x % 32, first_row = VTile::first_row();
     forget(bh), forget(lane), forget(first_row);   // what follows from them would take registers over all tiles
     float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
@@ -148,10 +149,11 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       scale_block(s, turn, inverse, block < t.blocks,
                   out.scale + (static_cast<int64_t>(bh) * t.blocks + block) * kHeadDim);
     }
+    if constexpr (kBuffers == 1 && !kInt8V) __syncthreads();  // nobody reads the tile before any more
     write_v_tile<true>(s.tile[turn], tile, shift, inverse, rows_left - first_row);
     forget(first_row);
     if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + first_row);
-    __syncthreads();  // and no thread still reads the other tile
+    __syncthreads();  // and, of two tiles, no thread still reads the other one
     const int bytes = min(t.blocks - step * kStepBlocks, kStepBlocks) * kTileBytes;
     uint8_t* place =
         reinterpret_cast<uint8_t*>(out.v8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;
@@ -161,6 +163,41 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       if (at < bytes) *reinterpret_cast<uint4*>(place + at) = *reinterpret_cast<const uint4*>(s.tile[turn] + at);
     }
   }
+}
+
+// Rows [row, end) of V in fp16, 0 where there is no finite value.
+__device__ __forceinline__ void scale_v(const Shared& s, const Input& in, int row, int end, VOut* out) {
+  constexpr int kLoads = 4;
+  const int channel = 8 * (threadIdx.x % kChunks);
+  float shift[8], inverse[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) shift[j] = s.shift[channel + j], inverse[j] = s.inverse[channel + j];
+#pragma unroll 1
+  for (int r = row + threadIdx.x / kChunks; r < end; r += kLoads * kRowsPerPass) {
+    uint32_t x[kLoads][4];
+    load_rows(x, in, r, kRowsPerPass, channel);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = r + i * kRowsPerPass;
+      if (at >= end) break;
+      uint32_t y[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        auto scaled = [&](float value, int e) {
+          return at < in.rows && is_finite(value) ? (value - shift[e]) * inverse[e] : 0.0f;
+        };
+        y[j] = to_fp16x2(scaled(low_io(x[i][j]), 2 * j), scaled(high_io(x[i][j]), 2 * j + 1));
+      }
+      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(at) * kHeadDim + channel) =
+          make_uint4(y[0], y[1], y[2], y[3]);
+    }
+  }
+}
+
+// The smallest power of two not below x, which is positive.
+__device__ __forceinline__ float power_above(float x) {
+  constexpr uint32_t kMantissa = 0x7fffffu;
+  return __uint_as_float(min(__float_as_uint(x) + kMantissa, 0x7effffffu) & ~kMantissa);
 }
 
 // ---- Jobs ----
@@ -203,8 +240,9 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
   if constexpr (!kInt8V) {
     const float amax = fmaxf(s.stats[kMax][channel] - shift, shift - s.stats[kMin][channel]);
     const bool zero = !(amax >= kTiny);  // also where nothing is finite
-    s.inverse[channel] = zero ? 0.0f : 448.0f / amax;
-    if (t.part == 0) p.v.scale[at] = static_cast<VScaleType>(zero ? 1.0f : amax * (1.0f / 448.0f));
+    const float largest = kV == V::kHalf ? power_above(amax) : amax, code = kV == V::kHalf ? 1.0f : 448.0f;
+    s.inverse[channel] = zero ? 0.0f : code / largest;
+    if (t.part == 0) p.v.scale[at] = static_cast<VScaleType>(zero ? 1.0f : largest * (1.0f / code));
   }
 }
 
@@ -247,11 +285,16 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
       }
     }
     VTile tile;
-    if (in.vectors) tile.load(in, (t.last - 1) * kStepKeys + VTile::first_row());
+    if (kTiledV && in.vectors) tile.load(in, (t.last - 1) * kStepKeys + VTile::first_row());
     __syncthreads();
     if (threadIdx.x < kHeadDim) finish_v_channel(s, p, t, in.rows, threadIdx.x);
     __syncthreads();
-    quantize_v(s, in, tile, t, p.v);
+    if constexpr (kTiledV) {
+      quantize_v(s, in, tile, t, p.v);
+    } else {
+      scale_v(s, in, t.first * kStepKeys, min(t.last * kStepKeys, t.blocks * kBlock),
+              p.v.v8 + t.bh * t.blocks * kTileBytes);
+    }
   } else if (p.copy_v) {
     copy_rows(in, t.first * kStepKeys, min(t.last * kStepKeys, t.blocks * kBlock),
               p.v.v8 + t.bh * t.blocks * kTileBytes);

@@ -7,15 +7,15 @@
 
 namespace sagert {
 
-using QueryFragments = uint32_t[kM][kHeadDim / 32][4];
+using QueryFragments = uint32_t[kM][kQueryParts][4];
 
 // Copies 16 queries from `row` on, of any strides and any number of channels, to this warp's room in shared memory,
 // padded with zeros.
 __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* queries, int row, int end,
                                               uint16_t* staged) {
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < 16 * kHeadDim; i += 32) {
-    const int r = row + i / kHeadDim, d = i % kHeadDim;
+  for (int i = threadIdx.x % 32; i < 16 * kChannels; i += 32) {
+    const int r = row + i / kChannels, d = i % kChannels;
     staged[i] = r < end && d < p.head_dim ? queries[r * p.q_ss + d * p.q_sd] : uint16_t{0};
   }
   __syncwarp();
@@ -26,7 +26,7 @@ __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* q
 __device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside,
                                               int quad, int r, QueryFragments& q, int m, int h, const float* shift) {
   constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
-  constexpr int kVectors = kHeadDim / 16;      // of 4 channels, that a lane has of a row
+  constexpr int kVectors = kChannels / 16;     // of 4 channels, that a lane has of a row
   uint2 x[kVectors];
   uint32_t pair = 0;
 #pragma unroll

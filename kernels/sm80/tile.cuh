@@ -3,42 +3,34 @@
 #pragma once
 
 #include "integers.cuh"
+#include "order.cuh"
 #include "ptx/async_copy.cuh"
 #include "ptx/shared.cuh"
 #include "quantize.cuh"
+#include "values.cuh"
 
 namespace sagert {
 using namespace ptx;
 
-constexpr int kHeadDim = HEAD_DIM;
+constexpr int kChannels = HEAD_DIM;                  // that are multiplied
+constexpr int kHeadDim = stored_channels(HEAD_DIM);  // and that rows in memory have
 constexpr bool kCausal = CAUSAL;
 constexpr int kStages = STAGES;
 constexpr int kAhead = kStages - 1;  // steps that copies are ahead
 constexpr int kWarps = WARPS;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kRows = ROWS;                  // queries of a tile
-constexpr int kM = kRows / (16 * kWarps);    // fragments of 16 queries of a warp
-constexpr int kStep = 64;                    // keys that a warp takes at a time: a block of K8 and of V8
-constexpr int kStepTiles = kStep / 8;        // fragments of 8 keys
-constexpr int kChannelTiles = kHeadDim / 8;  // and of 8 channels
-// V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
-enum class V { kFp8, kInt8, kIo };
-#if V_I8
-constexpr V kV = V::kInt8;
-using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
-#elif V_FP8E4NV
-constexpr V kV = V::kFp8;
-using VScaleType = float;  // of a channel
-#else
-constexpr V kV = V::kIo;
-using VScaleType = float;  // none
-#endif
+constexpr int kRows = ROWS;                   // queries of a tile
+constexpr int kM = kRows / (16 * kWarps);     // fragments of 16 queries of a warp
+constexpr int kStep = 64;                     // keys that a warp takes at a time: a block of K8 and of V8
+constexpr int kStepTiles = kStep / 8;         // fragments of 8 keys
+constexpr int kChannelTiles = kChannels / 8;  // and of 8 channels
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
-constexpr int kQueryParts = kHeadDim / 32;  // of 32 channels
+constexpr int kQueryParts = kChannels / 32;  // of 32 channels
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
-constexpr int kVRowBytes = kV == V::kIo ? 2 * kHeadDim : kStep;  // of a key, or of a channel
+constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
+constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKTileBytes = kStep * kHeadDim;
-constexpr int kVTileBytes = (kV == V::kIo ? 2 : 1) * kStep * kHeadDim;
+constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * kStep * kHeadDim;
 
 struct Params {
   const uint16_t* q;
@@ -69,13 +61,10 @@ struct Tile {
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   Tile tile;
   int position;
-  if constexpr (kCausal) {  // longest first, among heads whose keys and values stay in L2 together
-    const int section = index / (p.section * p.tiles);
-    const int first = section * p.section;
-    const int heads = min(p.section, p.heads_total - first);
-    const int rest = index - first * p.tiles;
-    tile.head = first + rest % heads;
-    position = p.tiles - 1 - rest / heads;
+  if constexpr (kCausal) {
+    const Place place = longest_first(index, p.tiles, p.section, p.heads_total);
+    tile.head = place.head;
+    position = place.position;
   } else {
     tile.head = index / p.tiles;
     position = index % p.tiles;
@@ -92,7 +81,7 @@ struct alignas(128) Shared {
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
   float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
   uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
-  float maximum[kWarps][8][2 * kM], weight[kV == V::kIo ? 1 : kWarps][8][2 * kM];
+  float maximum[kWarps][8][2 * kM], weight[kV == V::kInt8 ? kWarps : 1][8][2 * kM];
   // Of the tile and its head: they would take registers over all steps.
   Tile tile;
   int steps[kWarps];  // that a warp's queries see

@@ -14,11 +14,13 @@ constexpr int kR = 2 * kM;          // rows of a lane: row() + 8 r
 constexpr int kMagic = 0x4b400000;  // bits of kRound: integers s added to it are the bits of the float kRound + s
 constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a query does not see
 // P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. Floats in 16
-// bits lose nothing by a margin, and fp16 holds up to 2^15; nor do weights of a step, which are fp32. In e4m3 a row's
-// largest weight is to be exact; rounding has lost nothing yet when 2^-8 are added.
-constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : 0.f;
-constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : 14.f;
+// bits lose nothing by a margin, and fp16 holds up to 2^15, also as the sum of a step's products with a V of at most 2;
+// nor do weights of a step, which are fp32. In e4m3 a row's largest weight is to be exact; rounding has lost nothing
+// yet when 2^-8 are added.
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : kV == V::kHalf ? 4.f : 0.f;
+constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : kV == V::kHalf ? 8.f : 14.f;
 constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
+constexpr float kCoarse = 1.f / 64;         // a larger unit of the scores takes the offset of their bits too far
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
 
 __device__ __forceinline__ void mma_io(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -70,6 +72,27 @@ struct Warp {
 
   __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
 
+  // Largest exponent's factor of the lane's rows.
+  __device__ __forceinline__ float unit() const {
+    float largest = c[0];
+#pragma unroll
+    for (int r = 1; r < kR; ++r) largest = fmaxf(largest, c[r]);
+    return largest;
+  }
+
+  // Exponents of row r take the place of its scores: the lane's largest has `peak`, the others are what lies between.
+  __device__ __forceinline__ void set_exponents(int r, int top, float peak) {
+    if (top == kMasked) peak = kLowest;
+    const float highest = __int_as_float(top);
+#pragma unroll
+    for (int n = 0; n < kStep / 4; ++n) {
+      int& x = scores[r / 2][n / 2][r % 2 * 2 + n % 2];
+      x = __float_as_int(fmaf(__int_as_float(x) - highest, c[r], peak));
+    }
+    c[r] = 1.f;
+    d[r] = 0.f;
+  }
+
   // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
   __device__ __forceinline__ void reduce(float k_scale) {
     int t = threadIdx.x;
@@ -86,18 +109,25 @@ struct Warp {
     }
 #pragma unroll
     for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
-    if (__any_sync(~0u, x[0] > kLargest)) {
+    if (__any_sync(~0u, x[0] > kLargest | unit() > kCoarse)) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       __syncwarp();
+      if (__any_sync(~0u, unit() > kCoarse)) {
+#pragma unroll
+        for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), scaled(r, row_top(r)) + b[r]);
+      }
     }
   }
 
+  // A score in the unit of the exponent, from its bits.
+  __device__ __forceinline__ float scaled(int r, int bits) const { return (__int_as_float(bits) - kRound) * c[r]; }
+
   // `top`: bits of the lane's largest score of row r.
   __device__ __forceinline__ void advance_maximum(int r, int top) {
-    const float highest = quad_max(top == kMasked ? kLowest : (__int_as_float(top) - kRound) * c[r]);
-    const float next = highest + b[r] <= kLargest ? b[r] : kAtMaximum - highest;
+    const float highest = quad_max(top == kMasked ? kLowest : scaled(r, top));
+    const float next = highest + b[r] <= kLargest ? b[r] : __fsub_rd(kAtMaximum, highest);
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
     sum[r] *= alpha;
@@ -130,7 +160,7 @@ struct Warp {
   __device__ __forceinline__ uint32_t v_lane(int stage) const {
     const unsigned lane = thread() % 32, key = lane % 8;
     const uint32_t tile = SAGERT_AT(base, v) + stage * kVTileBytes;
-    if constexpr (kV == V::kIo) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
+    if constexpr (kRowsOfV) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
     return tile + key * kVRowBytes + swizzled<kVRowBytes == 64 ? 64 : 128>(lane / 8, key) * 16;
   }
 
@@ -147,11 +177,11 @@ struct Warp {
 
   // Quantizes queries that cannot be read as vectors, through shared memory, before anything else is there.
   __device__ __forceinline__ void stage_all(float (&scale)[kR]) {
-    uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kHeadDim);
+    uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kChannels);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
       stage_queries(p, queries(), first_row() + 16 * m, p.seqlen_q - s.tile.row, staged);
-      quantize_queries(p, s.tile, staged + lane() / 4 * kHeadDim, kHeadDim, first_row() + 16 * m, m, q, scale);
+      quantize_queries(p, s.tile, staged + lane() / 4 * kChannels, kChannels, first_row() + 16 * m, m, q, scale);
       __syncwarp();
     }
     __syncthreads();
@@ -214,7 +244,7 @@ struct Warp {
 
   template <int first, int last>
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
-    static_assert(first % 2 == 0 && last % 2 == 0, "a load brings 64 channels of 8 keys");
+    static_assert(first % 2 == 0, "a load brings 64 channels of 8 keys");
     const uint32_t address = k_lane(stage);
     constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
 #pragma unroll
@@ -227,7 +257,7 @@ struct Warp {
           load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kHeadDim);
         }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 2 && k + i < last; ++i) {
 #pragma unroll
           for (int n = 0; n < kGroup; ++n) {
 #pragma unroll
@@ -320,7 +350,7 @@ struct Warp {
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
-      if constexpr (kV == V::kFp8) {
+      if constexpr (kV == V::kFp8 || kV == V::kHalf) {
         scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
       }
       if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
@@ -339,7 +369,7 @@ struct Warp {
       uint16_t* place = out + query * p.o_ss;
       auto pair = [&](int j) { return to_io2(o[r / 2][j][r % 2 * 2], o[r / 2][j][r % 2 * 2 + 1]); };
       if (p.o_vec) {
-        store_row<kHeadDim>(place, quad(), query < p.seqlen_q, pair);
+        store_row<kChannels>(place, quad(), query < p.seqlen_q, pair);
       } else if (query < p.seqlen_q) {
 #pragma unroll
         for (int j = 0; j < kChannelTiles; ++j) {

@@ -5,14 +5,12 @@
 // PartOut [parts, B * H, S, HEAD_DIM]. PartLse [2 parts + 1, B * H, S], in units of log2: the parts' sums of P, their
 // sums of exponentials, which P may be a rounding of, and what K's shift adds to all of them.
 #include "ptx/pdl.cuh"
-#include "quantize.cuh"
+#include "rows.cuh"
 
 namespace sagert {
 
 constexpr int kLanes = HEAD_DIM / 4;  // per query, 4 channels each
 constexpr int kQueries = 8;           // per thread block
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLowest = -3.402823466e38f;
 
 // A part that holds an infinity was seen with a weight above 0, however small: the infinity stays what it is.
 __device__ __forceinline__ float weighted(float weight, float x) { return fabsf(x) < infinity() ? weight * x : x; }

@@ -6,13 +6,12 @@
 #include "ptx/registers.cuh"
 #include "ptx/wgmma.cuh"
 #include "queries.cuh"
+#include "rows.cuh"
 #include "tile.cuh"
 
 namespace sagert {
 
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLowest = -3.402823466e38f;  // of a row that has seen no key
-constexpr int kMasked = -2147483647 - 1;     // score of a key that a query does not see
+constexpr int kMasked = -2147483647 - 1;  // score of a key that a query does not see
 
 struct ConsumerBase {
   using Scores = int32_t[kBlock / 2];
@@ -94,15 +93,6 @@ struct ConsumerBase {
     }
   }
 
-  // Bit 2 j + e: key 8 j + 2 quad + e of a block, for this thread's quad, lies at `limit` or behind it.
-  static __device__ __forceinline__ uint32_t beyond(int limit) {
-    auto below = [&](int e) {  // how many j have their key before the limit
-      return min(max((limit - 2 * quad() - e + 7) >> 3, 0), kBlock / 8);
-    };
-    uint64_t even = (uint64_t{1} << 2 * below(0)) - 1, odd = (uint64_t{1} << 2 * below(1)) - 1;
-    return ~(static_cast<uint32_t>(even) & 0x55555555u | static_cast<uint32_t>(odd) & 0xaaaaaaaau);
-  }
-
   // Largest of this thread's integer scores of row r.
   static __device__ __forceinline__ int row_top(const Scores& scores, int r) {
     int top[2];
@@ -116,13 +106,7 @@ struct ConsumerBase {
     return max(top[0], top[1]);
   }
 
-  // The four threads of a row.
-  static __device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-  }
-
-  // This thread's keys of a block that hold an infinity or a NaN, bits as in beyond().
+  // This thread's keys of a block that hold an infinity or a NaN, bits as in keys_beyond().
   __device__ __forceinline__ uint32_t bad_keys(int block) {
     if (!task().k_bad) return 0;
     return p.k_bad[(static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad()];
@@ -133,7 +117,7 @@ struct ConsumerBase {
   __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
     int limit = p.seqlen_k - block * kBlock;
     if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
-    const uint32_t hidden = beyond(limit);
+    const uint32_t hidden = keys_beyond<kBlock>(limit, quad());
     undefined = false;
     int top = kMasked;
 #pragma unroll
@@ -236,7 +220,8 @@ struct ConsumerBase {
     for (int r = 0; r < 2; ++r) {
       uint16_t* place = p.out + task().out + (row() % 64 + 8 * r) * p.o_ss;
       if (p.o_vec) {
-        write_row(place, r, query(r) < p.seqlen_q);
+        store_row<kHeadDim>(place, quad(), query(r) < p.seqlen_q,
+                            [&](int j) { return to_io2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]); });
       } else if (query(r) < p.seqlen_q) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 4; ++i) {
@@ -266,30 +251,6 @@ struct ConsumerBase {
       for (int j = 0; j < kHeadDim / 8; ++j) {
         *reinterpret_cast<float2*>(place + 8 * j) = make_float2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]);
       }
-    }
-  }
-
-  // Stores row r of this thread. The 4 threads of a row have 2 of each 8 channels: they exchange them until each has 8,
-  // for one store of 16 bytes. In exchange 1 and 2 a thread keeps the halves whose index has its own bit.
-  __device__ __forceinline__ void write_row(uint16_t* place, int r, bool inside) {
-    const int mine = quad();
-    const bool odd = mine & 1, upper = mine & 2;
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; j += 4) {
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = to_io2(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
-#pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        uint32_t got = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
-        (odd ? x[i] : x[i + 1]) = got;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t got = __shfl_xor_sync(~0u, upper ? x[i] : x[i + 2], 2);
-        (upper ? x[i] : x[i + 2]) = got;
-      }
-      if (inside) *reinterpret_cast<uint4*>(place + 8 * (j + mine)) = make_uint4(x[0], x[1], x[2], x[3]);
     }
   }
 

@@ -3,6 +3,7 @@
 // the scout had copied to shared memory. Four lanes share a row.
 #pragma once
 
+#include "rows.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -12,35 +13,6 @@ constexpr int kVectors = kHeadDim / 32;  // of 8 channels, that a lane has of a 
 // Queries of a head, from `row` on.
 __device__ __forceinline__ const uint16_t* queries_of(const Params& p, int head, int row) {
   return p.q + head / p.heads_q * p.q_sb + head % p.heads_q * p.q_sh + row * p.q_ss;
-}
-
-struct RowScale {
-  float inverse, scale;
-};
-
-// From the bits of the largest magnitude in a row: a NaN or an infinity in Q makes every score of the row NaN.
-__device__ __forceinline__ RowScale row_scale(uint32_t top, float scale_log2) {
-  float amax = low_io(top);
-  bool finite = amax < infinity();
-  float inverse = finite && amax >= kTiny ? 127.f / amax : 0.f;
-  return {copysignf(inverse, scale_log2), finite ? amax * (1.f / 127.f) * fabsf(scale_log2) : nan()};
-}
-
-// Four channels as int8, the first in the low byte.
-__device__ __forceinline__ uint32_t quantize4(uint32_t first, uint32_t second, float inverse) {
-  return pack_low_bytes(to_int8(low_io(first), inverse), to_int8(high_io(first), inverse),
-                        to_int8(low_io(second), inverse), to_int8(high_io(second), inverse));
-}
-
-// Largest, and sum, over the 4 lanes of a row.
-__device__ __forceinline__ uint32_t row_max(uint32_t value) {
-  value = max(value, __shfl_xor_sync(~0u, value, 1));
-  return max(value, __shfl_xor_sync(~0u, value, 2));
-}
-
-__device__ __forceinline__ float row_sum(float value) {
-  value += __shfl_xor_sync(~0u, value, 1);
-  return value + __shfl_xor_sync(~0u, value, 2);
 }
 
 // What is kept of a quantized row: its scale and, for the LSE, its product with the shift of K, which the scores lack.

@@ -3,10 +3,12 @@
 #pragma once
 
 #include "integers.cuh"
+#include "order.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/registers.cuh"
 #include "quantize.cuh"
+#include "values.cuh"
 
 namespace sagert {
 using namespace ptx;
@@ -19,20 +21,6 @@ constexpr int kBlock = 128;                    // keys
 constexpr int kGroups = GROUPS;                // consumer warpgroups of 64 queries
 constexpr int kRows = 64 * kGroups;            // queries of a tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
-// V in FP8 or INT8, quantized by the pre-pass, or in 16 bits, as the caller has it.
-enum class V { kFp8, kInt8, kIo };
-#if VMAP_TENSORMAP
-constexpr V kV = V::kIo;
-#elif V8_I8
-constexpr V kV = V::kInt8;
-#else
-constexpr V kV = V::kFp8;
-#endif
-#if V8_I8
-using VScaleType = uint16_t;  // bf16, of a block of keys and a channel
-#else
-using VScaleType = float;  // of a channel
-#endif
 constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
 // Behind the channels of a tile of FP8 V stand as many of ones: P V then has the sums of P, too.
 constexpr int kOnes = kV == V::kFp8 ? 8 : 0;
@@ -82,13 +70,10 @@ struct Tile {
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   Tile tile;
   int position;
-  if constexpr (kCausal) {  // longest first, among heads whose keys and values stay in L2 together
-    int section = index / (p.section * p.tiles);
-    int first = section * p.section;
-    int heads = min(p.section, p.heads_total - first);
-    int rest = index - first * p.tiles;
-    tile.head = first + rest % heads;
-    position = p.tiles - 1 - rest / heads;
+  if constexpr (kCausal) {
+    const Place place = longest_first(index, p.tiles, p.section, p.heads_total);
+    tile.head = place.head;
+    position = place.position;
   } else {
     // Tiles that lack queries are shorter and come last: among the others they would fall to the same thread blocks
     // wherever the number of tiles divides that of the blocks.

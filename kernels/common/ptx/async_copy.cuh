@@ -25,9 +25,6 @@ __device__ __forceinline__ void async_copy_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Waits for all copies of this thread.
-__device__ __forceinline__ void async_copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Arrives at a barrier when the copies of this thread are there. The barrier's count has a place for each such thread.
 __device__ __forceinline__ void async_copy_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -36,6 +36,7 @@ SAGERT_MMA(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", floa
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]));                        \
   }
 
+SAGERT_MMA_HALF(mma_f16_half, "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16")
 SAGERT_MMA_HALF(mma_e4m3_half, "mma.sync.aligned.m16n8k32.row.col.f16.e4m3.e4m3.f16")
 #undef SAGERT_MMA_HALF
 // clang-format on

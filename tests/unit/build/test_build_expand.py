@@ -47,6 +47,17 @@ def test_equal_kernels_of_two_rows_are_one(kernels: Path) -> None:
     assert attention.gates.require == ("IMMA", "LDG")
 
 
+def test_rows_on_trial_are_built_where_they_are_named(kernels: Path) -> None:
+    path = kernels / "sm80" / "manifest.toml"
+    path.write_text(path.read_text().replace('precision = "int8_fp16"', 'trial = true\nprecision = "int8_fp16"', 1))
+    (manifest,) = load(kernels)
+    assert [row.trial for row in manifest.rows] == [True]
+    assert expand(manifest).rows == ()
+    assert (
+        expand(manifest, trial=True).rows == expand(manifest, frozenset({"sm80.tiny.int8_fp16"})).rows == manifest.rows
+    )
+
+
 def test_one_and_true_differ(kernels: Path) -> None:
     path = kernels / "sm80" / "manifest.toml"
     text = path.read_text()

@@ -27,6 +27,7 @@ ARCH_MISTAKES = [
     ("rank = 100", "", ROW + r": rank is missing: add rank = <an integer>"),
     ("rank = 100", 'rank = "high"', ROW + r": rank = 'high': expected an integer, not a string"),
     ("rank = 100", "rank = true", ROW + r": rank = True: expected an integer, not true or false"),
+    ("rank = 100", "rank = 100\ntrial = 1", ROW + r": trial = 1: expected true or false, not an integer"),
     ("rank = 100", "rank = -1", ROW + r": rank = -1: expected an integer of at least 0"),
     ('precision = "int8_fp16"', 'precision = "int7"', ROW + r": precision = 'int7': allowed: int8_fp16, int8_fp8"),
     ('id = "sm80.tiny.int8_fp16"', 'id = "A B"', r"row 'A B': id = 'A B': allowed: lower-case"),
