@@ -55,7 +55,7 @@ def _digest(compiler: tuple[str, ...], flags: tuple[str, ...], paths: tuple[Path
     return total.digest()
 
 
-def _make(target: Path, command: list[str]) -> None:
+def make(target: Path, command: list[str]) -> None:
     """Runs a compiler whose output appears at `target` whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=target.parent))
@@ -86,7 +86,7 @@ def driver(compiler: list[str]) -> Path:
         command = [*fake_build.c_compiler(compiler), "-c", "-fPIC", "-O1", "-fvisibility=hidden", *names, str(STUB)]
         subprocess.run([*command, "-o", str(stub)], check=True)
         flags = [*DRIVER, *_native(), f"-I{fake_build.ROOT / 'host'}", "-Wl,-soname,libcuda.so.1"]
-        _make(target, [*compiler, *flags, *map(str, sources), str(stub), "-ldl", "-lpthread"])
+        make(target, [*compiler, *flags, *map(str, sources), str(stub), "-ldl", "-lpthread"])
     return target
 
 
@@ -99,7 +99,7 @@ def translation(text: str, compiler: list[str]) -> Path:
         with tempfile.TemporaryDirectory() as scratch:
             source = Path(scratch) / "kernels.cc"
             source.write_text(translate(text))
-            _make(target, [*compiler, *TRANSLATION, *_native(), f"-I{RUNTIME}", str(source)])
+            make(target, [*compiler, *TRANSLATION, *_native(), f"-I{RUNTIME}", str(source)])
     return target
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention problems for emulated rows, and what their results must be; runs in a worker."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sagert import reference
+from tests.emulator import call
+from tests.gpu import gpu_kit
+
+# How far the kernels may be from the reference, which adds in another order and has other last bits of exp2.
+# Relative L1, and LSE.
+NEAR = {"int8_fp16": 0.0015, "int8_int8": 0.004}
+NEAR_LSE = 0.01
+ACCURACY = {"int8_fp16": 0.0114, "int8_int8": 0.0158}  # rel_l1_randn of the rows
+TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `memory` as in tests/gpu/gpu_kit.py."""
+
+    precision: str
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int = 128
+    dtype: str = "fp16"
+    causal: bool = False
+    batch: int = 1
+    heads_kv: int = 1
+    group: int = 2
+    memory: str = "bhsd"
+    factor: float = 1.0  # of Q and K
+    k_mean: float = 0.0
+    v_mean: float = 0.0
+    smooth_k: bool = True
+    seed: int = 0
+
+
+def tensors(case: Case) -> list[torch.Tensor]:
+    """Q, K and V of a case, in memory as it says, NaN around them."""
+    generator = torch.Generator().manual_seed(100 * case.seqlen_q + case.seqlen_k)
+    made = []
+    shapes = [(case.heads_kv * case.group, case.seqlen_q), *[(case.heads_kv, case.seqlen_k)] * 2]
+    for (heads, length), factor, mean in zip(shapes, (case.factor, case.factor, 1), (0, case.k_mean, case.v_mean), strict=True):
+        values = torch.randn(case.batch, heads, length, case.head_dim, generator=generator) * factor
+        values += mean * torch.randn(case.head_dim, generator=generator)
+        made.append(gpu_kit.place(values.to(TYPES[case.dtype]), case.memory, float("nan"))[0])
+    return made
+
+
+def attend(path: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row: str = "") -> call.Outcome:
+    """Runs a case; AssertionError where it fails or writes outside its memory."""
+    os.environ["EMULATOR_SEED"] = str(case.seed)
+    poison = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=q.dtype)
+    out, whole = gpu_kit.place(poison, case.memory, gpu_kit.SENTINEL, margin=512)
+    options: dict[str, Any] = {"precision": case.precision, "causal": case.causal, "smooth_k": case.smooth_k}
+    made = call.attention(path, q, k, v, out=out, row=row, **options)
+    assert made.status == 0, made.error
+    assert made.outside == []
+    assert int((whole == gpu_kit.SENTINEL).sum()) >= whole.numel() - out.numel(), "wrote outside the output"
+    return made
+
+
+def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
+    """Errors against the reference and against float64."""
+    q, k, v = tensors(case)
+    made = attend(path, case, q, k, v, row)
+    options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
+    near, near_lse = reference.attention(q, k, v, family="mma", **options)
+    exact, exact_lse = gpu_kit.exact(q, k, v, case.causal)
+    return {
+        "finite": float(made.out.isfinite().all() and made.lse.isfinite().all()),
+        "near": gpu_kit.relative_l1(made.out, near), "near_lse": float((made.lse - near_lse).abs().max()),
+        "error": gpu_kit.relative_l1(made.out, exact), "lse_error": float((made.lse - exact_lse).abs().max()),
+        "reference_error": gpu_kit.relative_l1(near, exact), "outputs": float(made.out.numel()),
+    }  # fmt: skip
+
+
+def bits(path: str, case: Case) -> tuple[list[int], list[int]]:
+    """The output's and the LSE's bits."""
+    made = attend(path, case, *tensors(case))
+    return made.out.contiguous().view(torch.int16).flatten().tolist(), made.lse.view(torch.int32).flatten().tolist()
+
+
+def placement(path: str, case: Case, name: str, where: list[tuple[int, ...]], value: float) -> None:
+    """AssertionError where NaN or Inf appear elsewhere than in exact attention, with `value` at indices of Q, K or V."""
+    q, k, v = made = tensors(case)
+    if name == "k":  # a query value that INT8 rounds to 0 meets Inf as 0 times Inf: keep clear
+        channel = q[..., where[0][3]]
+        channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
+    for index in where:
+        made["qkv".index(name)][index] = value
+    want, _ = gpu_kit.exact(q, k, v, case.causal)
+    out = attend(path, case, q, k, v).out
+    assert torch.equal(torch.isnan(out), torch.isnan(want)), "NaN elsewhere than in exact attention"
+    infinite, finite = torch.isinf(want), torch.isfinite(want)
+    assert torch.equal(torch.isinf(out), infinite), "Inf elsewhere than in exact attention"
+    assert torch.equal(out[infinite].double(), want[infinite]), "sign of Inf"
+    if finite.any():
+        assert gpu_kit.relative_l1(out[finite], want[finite]) <= 2 * ACCURACY[case.precision]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import compile as compiling
+from tests.emulator import package
+from tests.emulator.worker import Worker
+from tests.kit import fake_build
+
+# Head dim, dtype and masks of the variants that are tested: each head dim and dtype once, to be quick.
+CHOSEN = {
+    (128, "fp16", False), (128, "fp16", True), (64, "bf16", False), (64, "bf16", True), (96, "bf16", False),
+    (256, "fp16", True),
+}  # fmt: skip
+
+
+def choose(axes: dict) -> bool:
+    """Whether a variant is tested. EMULATOR_ALL takes all of them."""
+    chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN
+    return chosen or bool(os.environ.get("EMULATOR_ALL"))
+
+
+@pytest.fixture(scope="session")
+def cxx() -> list[str]:
+    """zig's compiler where it is installed: it is quick, and the same everywhere."""
+    try:
+        import ziglang  # noqa: F401
+    except ImportError:
+        found = fake_build.find_compiler()
+        if found is None:
+            pytest.skip("no C++ compiler: set CXX or install ziglang")
+        return found
+    return [sys.executable, "-m", "ziglang", "c++"]
+
+
+@pytest.fixture(scope="session")
+def emulated(cxx: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """Translates a module and launches one of its kernels: tests.emulator.device.launch without `folder`."""
+    from tests.emulator import device
+
+    folder = tmp_path_factory.mktemp("translations")
+    worker = Worker({}, str(compiling.driver(cxx)))
+
+    def run(text: str, name: str, arguments: list, **options: int) -> device.Result:
+        compiling.translate_all([text], cxx, folder)
+        return worker.run(device.launch, text, name, arguments, folder=str(folder), **options)
+
+    yield run
+    worker.close()
+
+
+class Rows:
+    """Packages of rows, and workers that run them."""
+
+    def __init__(self, cxx: list[str], folder: Path) -> None:
+        self._cxx, self._folder = cxx, folder
+        self._made: dict[str, tuple[package.Package, Worker]] = {}
+
+    def run(self, arch: str, function: Callable, *arguments: object, **options: object) -> object:
+        """Calls function(path of libsagert, ...) where the rows of the mma family of `arch` run."""
+        if arch not in self._made:
+            rows = [f"{arch}.mma.int8_fp16", f"{arch}.mma.int8_int8"]
+            made = package.build(arch, rows, choose, self._cxx, self._folder / arch)
+            environment = {name: value for name, value in made.environment().items() if name != "LD_LIBRARY_PATH"}
+            self._made[arch] = made, Worker(environment, str(made.driver))
+        made, worker = self._made[arch]
+        return worker.run(function, str(made.library), *arguments, **options)
+
+    def close(self) -> None:
+        for _, worker in self._made.values():
+            worker.close()
+
+
+@pytest.fixture(scope="session")
+def rows(cxx: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rows]:
+    made = Rows(cxx, tmp_path_factory.mktemp("rows"))
+    yield made
+    made.close()

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mma family's kernels through the C ABI, without a GPU: against the reference and against float64 attention."""
+
+import itertools
+import math
+
+import pytest
+
+from tests.emulator import cases
+from tests.emulator.cases import Case
+from tests.gpu import gpu_kit
+
+PRECISIONS = ("int8_fp16", "int8_int8")
+LENGTHS = (1, 63, 65, 129, 300)
+
+
+def check(rows, case, arch="sm80", near=True):
+    found = rows.run(arch, cases.figures, case)
+    assert found["finite"], "outputs left unwritten or not finite"
+    if near:
+        assert found["near"] <= cases.NEAR[case.precision], found
+        assert found["near_lse"] <= cases.NEAR_LSE, found
+    assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
+    assert found["lse_error"] <= gpu_kit.LSE_ERROR_MAX, found
+
+
+def variants():
+    """Every pair of lengths, in turn with and without a mask, in either dtype."""
+    for i, (precision, s, sk) in enumerate(itertools.product(PRECISIONS, LENGTHS, LENGTHS)):
+        head_dim, dtype = ((128, "fp16"), (64, "bf16"))[i // 2 % 2]
+        yield Case(precision, s, sk, head_dim, dtype, causal=bool(i % 2), group=1 + i % 3)
+
+
+@pytest.mark.parametrize("case", list(variants()), ids=str)
+def test_lengths(rows, case):
+    check(rows, case)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"head_dim": 40, "dtype": "bf16", "causal": True},
+        {"head_dim": 100, "batch": 2, "heads_kv": 2, "group": 1},
+        {"head_dim": 127, "causal": True},
+        {"head_dim": 1, "dtype": "bf16"},
+        {"head_dim": 20, "dtype": "bf16", "group": 8},
+        {"head_dim": 256, "causal": True, "batch": 2},
+        {"head_dim": 200, "causal": True},
+        {"smooth_k": False, "batch": 2},
+        {"k_mean": 3.0, "v_mean": 2.0, "causal": True},
+        {"k_mean": 3.0, "v_mean": 2.0, "dtype": "bf16", "head_dim": 64},
+    ],
+    ids=str,
+)
+def test_shapes(rows, precision, shape):
+    check(rows, Case(precision, 130, 200, **shape))
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(80, 1), (96, 8)])
+def test_head_dims_of_int8_fp16_alone(rows, head_dim, group):
+    check(rows, Case("int8_fp16", 130, 200, head_dim, "bf16", group=group))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("memory", [memory for memory in gpu_kit.MEMORY if memory != "bhsd"])
+def test_memory(rows, precision, causal, memory):
+    check(rows, Case(precision, 129, 129, 64, "bf16", causal, 2, 2, memory=memory))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_key(rows, precision, causal):
+    out, lse = rows.run("sm80", cases.bits, Case(precision, 70, 0, 128, "fp16", causal))
+    assert not any(out)
+    assert set(lse) == {0xFF800000 - (1 << 32)}  # -inf
+
+
+@pytest.mark.parametrize("case", [Case(p, 200, 300, 128, "fp16", c) for p in PRECISIONS for c in (False, True)], ids=str)
+def test_bits_do_not_depend_on_the_order_of_warps(rows, case):
+    """A missing barrier, or a missing wait for a copy, makes the result a matter of luck."""
+    first, *others = (rows.run("sm80", cases.bits, Case(**{**vars(case), "seed": seed})) for seed in (0, 1, 2, 3))
+    assert all(other == first for other in others)
+
+
+PLACES = {
+    "q": [[(0, 1, 3, 5)], [(0, 0, 64, 0), (0, 1, 129, 63)]],
+    "k": [[(0, 0, 0, 3)], [(0, 0, 70, 9)], [(0, 0, 139, 63)]],
+    "v": [[(0, 0, 0, 3)], [(0, 0, 70, 9), (0, 0, 90, 9)], [(0, 0, 139, 63)]],
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", PLACES)
+def test_nonfinite(rows, precision, causal, value, name):
+    for where in PLACES[name]:
+        rows.run("sm80", cases.placement, Case(precision, 140, 140, 64, "bf16", causal), name, where, value)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [4, 64])
+def test_large_scores(rows, precision, dtype, causal, head_dim):
+    """Where a unit of the integer scores is many powers of two: results stay finite, and those of the reference."""
+    kernel_dim = 128 if dtype == "fp16" else 64
+    case = Case(precision, 129, 200, min(head_dim + 60 * (dtype == "fp16" and head_dim == 64), kernel_dim), dtype, causal, factor=30.0)
+    found = rows.run("sm80", cases.figures, case)
+    assert found["finite"], found
+    assert found["near"] <= 2 * cases.NEAR[precision], found
+
+
+@pytest.mark.parametrize("case", [c for c in variants() if c.seqlen_q in (65, 300) and c.seqlen_k in (63, 300)], ids=str)
+def test_sums_in_fp16(rows, case):
+    """Rows of GPUs whose fp16 sums are quicker than fp32 ones: other arithmetic than the reference's."""
+    check(rows, case, "sm89", near=False)
