@@ -27,10 +27,11 @@ SEMANTICS += ["-fvisibility=hidden"]
 # translation takes 100 s instead of 10.
 TRANSLATION = [*SEMANTICS, "-O1", "-g0", "-fno-exceptions", "-w"]
 DRIVER = [*SEMANTICS, "-O2", "-g0", "-Wall", "-Wextra", "-Werror"]
-TRANSLATOR = ("ptx_text.py", "emit.py", "operations.py", "memory_ops.py", "warp_ops.py", "translate.py")
+TRANSLATOR = ("ptx_text.py", "emit.py", "operations.py", "memory_ops.py", "warp_ops.py", "engine_ops.py", "translate.py")
 HEADERS = ("runtime/machine.h", "runtime/narrow.h", "runtime/arithmetic.h")
 RENAMED = {
     "cuLibraryLoadData": "stub_load", "cuLibraryGetKernel": "stub_get_kernel", "cuLaunchKernelEx": "stub_launch",
+    "cuTensorMapEncodeTiled": "stub_tensor_map",
 }  # fmt: skip
 
 

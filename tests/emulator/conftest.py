@@ -13,17 +13,20 @@ from tests.emulator import package
 from tests.emulator.worker import Worker
 from tests.kit import fake_build
 
-# Head dim, dtype and masks of the variants that are tested: each head dim and dtype once, to be quick.
+# Rows that are tested, and head dim, dtype and masks of their variants: each head dim and dtype once, to be quick.
+ROWS = {
+    "sm80": ["sm80.mma.int8_fp16", "sm80.mma.int8_int8"],
+    "sm89": ["sm89.mma.int8_fp16"],
+    "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
+}
 CHOSEN = {
-    (128, "fp16", False), (128, "fp16", True), (64, "bf16", False), (64, "bf16", True), (96, "bf16", False),
-    (256, "fp16", True),
+    "sm80": {
+        (128, "fp16", False), (128, "fp16", True), (64, "bf16", False), (64, "bf16", True), (96, "bf16", False),
+        (256, "fp16", True),
+    },
+    "sm89": {(128, "fp16", False), (128, "fp16", True)},
+    "sm90": {(128, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
-
-
-def choose(axes: dict) -> bool:
-    """Whether a variant is tested. EMULATOR_ALL takes all of them."""
-    chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN
-    return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +66,14 @@ class Rows:
         self._made: dict[str, tuple[package.Package, Worker]] = {}
 
     def run(self, arch: str, function: Callable, *arguments: object, **options: object) -> object:
-        """Calls function(path of libsagert, ...) where the rows of the mma family of `arch` run."""
+        """Calls function(path of libsagert, ...) where the rows of `arch` run. EMULATOR_ALL builds all variants."""
         if arch not in self._made:
-            rows = [f"{arch}.mma.int8_fp16", f"{arch}.mma.int8_int8"]
-            made = package.build(arch, rows, choose, self._cxx, self._folder / arch)
+
+            def choose(axes: dict) -> bool:
+                chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
+                return chosen or bool(os.environ.get("EMULATOR_ALL"))
+
+            made = package.build(arch, ROWS[arch], choose, self._cxx, self._folder / arch)
             environment = {name: value for name, value in made.environment().items() if name != "LD_LIBRARY_PATH"}
             self._made[arch] = made, Worker(environment, str(made.driver))
         made, worker = self._made[arch]

@@ -81,6 +81,10 @@ def _integers() -> None:
         cxx = {"s32": "int8_t", "u32": "uint8_t"}
         result = "u32" if (a, b) == ("u32", "u32") else "s32"
         _put(f"dp4a.{a}.{b}", result, ("b32", "b32", "s32"), f"dot4<{cxx[a]}, {cxx[b]}>({{0}}, {{1}}, {{2}})")
+    for name, t in itertools.product(("min", "max"), ("u16", "s16")):
+        c, sign = CXX[t], "<" if name == "min" else ">"
+        half = f"[](uint16_t a, uint16_t b) {{{{ return ({c})a {sign} ({c})b ? a : b; }}}}"
+        _put(f"{name}.{t}x2", "b32", ("b32", "b32"), f"each({half}, {{0}}, {{1}})")
     for to, cxx in (("s8", "int8_t"), ("u8", "uint8_t"), ("s16", "int16_t"), ("u16", "uint16_t")):
         third = ("b32",) if to.endswith("8") else ()
         code = f"packed<{cxx}>({{0}}, {{1}}, {'{2}' if third else '0u'})"

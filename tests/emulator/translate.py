@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 
-from tests.emulator import memory_ops, operations, warp_ops
+from tests.emulator import engine_ops, memory_ops, operations, warp_ops
 from tests.emulator.emit import REGISTERS, Register, Writer
 from tests.emulator.ptx_text import SIZES, Entry, Instruction, Label, Module, PtxError, Scope, Variable, parse
 
-ROOM = 16  # words that a lane brings, or gets, at most
+ROOM = 160  # words that a lane brings, or gets, at most
 SHARED_BEGIN = 1024  # kSharedBegin in runtime/machine.h
 # What a register holds before anything is written to it.
 _FIRST = {"bool": "false", "float": "__builtin_bit_cast(float, 0xffffffffu)", "double": "0"}
@@ -127,8 +127,8 @@ class _Kernel:
         elif operation := operations.TABLE.get(insn.opcode):
             values = [w.read(x, kind) for x, kind in zip(insn.operands[1:], operation.operands, strict=True)]
             w.write(insn.operands[0], operation.result, operation.code.format(*(f"({x})" for x in values)))
-        elif base in warp_ops.TABLE:
-            warp_ops.TABLE[base](w, insn)
+        elif table := next((t for t in (engine_ops.TABLE, warp_ops.TABLE) if base in t), None):
+            table[base](w, insn)
         else:
             raise PtxError(f"instruction {insn.opcode} is not emulated")
 

@@ -24,7 +24,7 @@ COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": "
 COMPARISONS |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 
 
-def _together(w: Writer, insn: Instruction, what: str, mask: str, words: list[str], shape: str = "") -> None:
+def together(w: Writer, insn: Instruction, what: str, mask: str, words: list[str], shape: str = "") -> None:
     """Opens a C++ scope in which x, the kernel's, holds the results."""
     w.lines.append("{ " + " ".join(f"x[{i}] = {word};" for i, word in enumerate(words)))
     if shape:
@@ -37,7 +37,7 @@ def shuffle(w: Writer, insn: Instruction) -> None:
     word = insn.opcode.split(".")[2]
     to, _, inside = insn.operands[0].partition("|")
     words = [w.read(operand, "b32") for operand in insn.operands[1:4]]
-    _together(w, insn, f"Shuffle{SHUFFLES[word]}", w.read(insn.operands[4], "b32"), words)
+    together(w, insn, f"Shuffle{SHUFFLES[word]}", w.read(insn.operands[4], "b32"), words)
     if inside:
         w.write(inside, "pred", "x[1] != 0")
     w.write(to, "b32", "x[0]")
@@ -46,7 +46,7 @@ def shuffle(w: Writer, insn: Instruction) -> None:
 
 def vote(w: Writer, insn: Instruction) -> None:
     word = insn.opcode.split(".")[2]
-    _together(w, insn, f"Vote{VOTES[word]}", w.read(insn.operands[2], "b32"), [w.read(insn.operands[1], "pred")])
+    together(w, insn, f"Vote{VOTES[word]}", w.read(insn.operands[2], "b32"), [w.read(insn.operands[1], "pred")])
     w.write(insn.operands[0], *(("b32", "x[0]") if word == "ballot" else ("pred", "x[0] != 0")))
     w.lines.append("}")
 
@@ -56,7 +56,7 @@ def match(w: Writer, insn: Instruction) -> None:
     to, _, flag = insn.operands[0].partition("|")
     value = f"(uint64_t){w.read(insn.operands[1], bits)}"
     words = [f"(uint32_t)({value})", f"(uint32_t)({value} >> 32)"]
-    _together(w, insn, f"Match{kind.title()}", w.read(insn.operands[2], "b32"), words)
+    together(w, insn, f"Match{kind.title()}", w.read(insn.operands[2], "b32"), words)
     w.write(to, "b32", "x[0]")
     if flag:
         w.write(flag, "pred", "x[1] != 0")
@@ -65,14 +65,14 @@ def match(w: Writer, insn: Instruction) -> None:
 
 def reduction(w: Writer, insn: Instruction) -> None:
     name = REDUCTIONS[".".join(insn.opcode.split(".")[2:])]
-    _together(w, insn, f"Reduce{name}", w.read(insn.operands[2], "b32"), [w.read(insn.operands[1], "b32")])
+    together(w, insn, f"Reduce{name}", w.read(insn.operands[2], "b32"), [w.read(insn.operands[1], "b32")])
     w.write(insn.operands[0], "b32", "x[0]")
     w.lines.append("}")
 
 
 def elect(w: Writer, insn: Instruction) -> None:
     to, _, flag = insn.operands[0].partition("|")
-    _together(w, insn, "Elect", w.read(insn.operands[1], "b32"), [])
+    together(w, insn, "Elect", w.read(insn.operands[1], "b32"), [])
     w.write(to, "b32", "x[0]")
     w.write(flag, "pred", "x[1] != 0")
     w.lines.append("}")
@@ -89,7 +89,7 @@ def _matrices(insn: Instruction) -> tuple[str, int]:
 def load_matrices(w: Writer, insn: Instruction) -> None:
     kind, count = _matrices(insn)
     address = f"(uint32_t){w.address(insn.operands[1])[1]}"
-    _together(w, insn, f"Matrices{kind}", "~0u", [address])
+    together(w, insn, f"Matrices{kind}", "~0u", [address])
     for i, name in enumerate(vector(insn.operands[0])):
         w.write(name, "b32", f"x[{i}]")
     w.lines.append("}")
@@ -99,7 +99,7 @@ def store_matrices(w: Writer, insn: Instruction) -> None:
     kind, count = _matrices(insn)
     words = [f"(uint32_t){w.address(insn.operands[0])[1]}"]
     words += [w.read(name, "b32") for name in vector(insn.operands[1])]
-    _together(w, insn, f"StoreMatrices{kind}", "~0u", words)
+    together(w, insn, f"StoreMatrices{kind}", "~0u", words)
     w.lines.append("}")
 
 
@@ -117,7 +117,7 @@ def multiply(w: Writer, insn: Instruction) -> None:
         read = [w.read(name, kind) for name in names]
         words += [f"__builtin_bit_cast(uint32_t, {x})" for x in read] if kind == "f32" else read
     shape = f"{{{found[2]}, 8, {found[3]}, " + ", ".join(f"Element::k{ELEMENTS[x]}" for x in (a, b, c)) + "}"
-    _together(w, insn, "Multiply", "~0u", words, shape)
+    together(w, insn, "Multiply", "~0u", words, shape)
     for i, name in enumerate(result):
         w.write(name, "b32", f"x[{i}]")
     w.lines.append("}")
@@ -126,8 +126,13 @@ def multiply(w: Writer, insn: Instruction) -> None:
 def barrier(w: Writer, insn: Instruction) -> None:
     """bar, barrier: of a warp, of a cluster, of a block."""
     words = [word for word in insn.opcode.split(".")[1:] if word not in ("cta", "aligned")]
+    if words[0] == "cluster":
+        if words[1] not in ("arrive", "wait"):
+            raise PtxError(f"unknown form {insn.opcode}")
+        w.lines.append(f"t.services->cluster_{words[1]}(t, {w.site(insn)});")
+        return
     if words[0] == "warp":
-        _together(w, insn, "Sync", w.read(insn.operands[0], "b32"), [])
+        together(w, insn, "Sync", w.read(insn.operands[0], "b32"), [])
         w.lines.append("}")
         return
     if words[0] not in ("sync", "arrive", "red"):

@@ -18,13 +18,20 @@ namespace emulator {
 constexpr uint32_t kWarp = 32;
 constexpr uint32_t kBarriers = 16;
 
-enum class State : uint8_t { kReady, kTogether, kBarrier, kYielded, kDone };
+enum class State : uint8_t { kReady, kTogether, kBarrier, kYielded, kCluster, kDone };
 
 // A copy that a thread has started.
 struct Copy {
   uint8_t* to;
   const uint8_t* from;
   uint32_t bytes, source_bytes;
+};
+
+// A copy by the copy engine to shared memory: a piece at a time, counted at a barrier.
+struct Transfer {
+  std::vector<Copy> pieces;
+  uint8_t* barrier;
+  uint32_t bytes;
 };
 
 struct Block;
@@ -44,6 +51,10 @@ struct Lane : Thread {
   // Copies since the last commit, and groups of older ones, the oldest first.
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
+  // The same of bulk copies from shared memory.
+  std::vector<Copy> bulk_open;
+  std::deque<std::vector<Copy>> bulk_groups;
+  uint64_t cluster_turn;  // of the cluster's barrier, at which it has arrived
 };
 
 struct Barrier {
@@ -76,6 +87,9 @@ struct Cluster {
   std::mt19937_64 random;
   uint64_t progress = 0;  // counts what can end a wait
   Lane* current = nullptr;  // who runs
+  std::deque<Transfer> transfers;
+  uint64_t cluster_turn = 0;  // of the barrier for all blocks
+  uint32_t cluster_arrived = 0;
   bool failed = false;
   std::string message;
 
@@ -108,6 +122,20 @@ void copy_commit(Thread&);
 void copy_wait(Thread&, uint32_t groups);
 void copy_wait_all(Thread&);
 uint8_t* remote(Thread&, uint32_t site, uint32_t address, uint32_t bytes);
+void mbarrier_init(Thread&, uint32_t site, uint32_t barrier, uint32_t count);
+void mbarrier_arrive(Thread&, uint32_t site, uint32_t barrier, uint32_t count, uint32_t expected_bytes);
+bool mbarrier_test(Thread&, uint32_t site, uint32_t barrier, uint32_t parity, bool waits);
+void bulk_load(Thread&, uint32_t site, uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier);
+void bulk_tensor(Thread&, uint32_t site, uint32_t to, uint64_t map, const int32_t* place, uint32_t barrier);
+void bulk_store(Thread&, uint32_t site, uint64_t to, uint32_t from, uint32_t bytes);
+void bulk_commit(Thread&);
+void bulk_wait(Thread&, uint32_t groups);
+void cluster_arrive(Thread&, uint32_t site);
+void cluster_wait(Thread&, uint32_t site);
+// The oldest transfer of the copy engine ends.
+void finish_transfer(Cluster&);
+// A thread is gone: what it has started is finished, and nobody waits for it.
+void leave(Lane& lane);
 float rounded(char operation, char mode, float a, float b, float c);
 // A thread is gone: barriers for all threads expect one less.
 void leave_barriers(Lane& lane);
@@ -121,6 +149,16 @@ void vote(const WarpLanes& warp, Together what, uint32_t mask);
 void reduce(const WarpLanes& warp, Together what, uint32_t mask);
 void move_matrices(const WarpLanes& warp, Together what);
 void multiply(const WarpLanes& warp, const Shape& shape);
+void group_multiply(const WarpLanes& warp, const Shape& shape);
+
+// A tensor map, as cuTensorMapEncodeTiled of this driver writes it.
+struct TensorMap {
+  uint64_t address;
+  uint64_t strides[3];
+  uint32_t sizes[4];
+  uint16_t box[4];
+  uint16_t element_bytes, swizzle;
+};
 
 }  // namespace emulator
 

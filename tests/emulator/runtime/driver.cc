@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
@@ -23,6 +24,8 @@
 extern "C" {
 int stub_load(void**, const void*, void*, void**, unsigned, void*, void**, unsigned);
 int stub_get_kernel(void**, void*, const char*);
+int stub_tensor_map(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int,
+                    int, int, int);
 int stub_launch(const void* config, void* function, void** parameters, void** extra);
 }
 
@@ -133,6 +136,28 @@ EXPORTED int cuLibraryGetKernel(void** kernel, void* library, const char* name) 
     }
   }
   return kNotFound;
+}
+
+EXPORTED int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address, const uint64_t* sizes,
+                                    const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave,
+                                    int swizzle, int promotion, int fill) {
+  int status =
+      stub_tensor_map(map, type, rank, address, sizes, strides, box, steps, interleave, swizzle, promotion, fill);
+  if (status != kOk) return status;
+  TensorMap made = {};
+  made.address = reinterpret_cast<uint64_t>(address);
+  for (int axis = 0; axis < 4; ++axis) {
+    made.sizes[axis] = static_cast<uint32_t>(sizes[axis]);
+    made.box[axis] = static_cast<uint16_t>(box[axis]);
+    if (steps[axis] != 1) return kInvalidValue;
+    if (axis < 3) made.strides[axis] = strides[axis];
+  }
+  // Types 0, 1 and 2 have 1, 2 and 4 bytes; no others are used.
+  if (type > 2 || interleave != 0 || fill != 0) return refuse(kInvalidValue, "a tensor map of unknown form");
+  made.element_bytes = static_cast<uint16_t>(1 << type);
+  made.swizzle = static_cast<uint16_t>(swizzle);
+  std::memcpy(map, &made, sizeof(made));
+  return kOk;
 }
 
 EXPORTED int cuLaunchKernelEx(const Config* config, void* function, void** parameters, void** extra) {

@@ -27,15 +27,17 @@ enum class Together {
   kMatrices1Transposed, kMatrices2Transposed, kMatrices4Transposed,
   kStoreMatrices1, kStoreMatrices2, kStoreMatrices4,     // address, fragments
   kStoreMatrices1Transposed, kStoreMatrices2Transposed, kStoreMatrices4Transposed,
-  kMultiply,  // a, b, c -> d; the shape is in the argument
+  kMultiply,       // a, b, c -> d; the shape is in the argument
+  kGroupMultiply,  // d, a or its descriptor, b's descriptor, whether d counts -> d: a warp's part of wgmma
 };
 
 // Element types of mma.sync.
 enum class Element : uint8_t { kS8, kU8, kS4, kU4, kF16, kBF16, kE4M3, kE5M2, kS32, kF32 };
 
 struct Shape {
-  uint8_t m, n, k;
-  Element a, b, c;  // c: of the accumulators
+  uint16_t m, n, k;
+  Element a, b, c;          // c: of the accumulators
+  bool a_shared, b_across;  // wgmma: A is in shared memory; B's columns are contiguous, not its rows
 };
 
 struct Thread;
@@ -54,6 +56,16 @@ struct Services {
   uint8_t* (*remote)(Thread&, uint32_t site, uint32_t address, uint32_t bytes);
   void (*fail)(Thread&, uint32_t site, const char* what, uint64_t value);  // does not return
   float (*rounded)(char operation, char mode, float, float, float);
+  void (*mbarrier_init)(Thread&, uint32_t site, uint32_t barrier, uint32_t count);
+  void (*mbarrier_arrive)(Thread&, uint32_t site, uint32_t barrier, uint32_t count, uint32_t expected_bytes);
+  bool (*mbarrier_test)(Thread&, uint32_t site, uint32_t barrier, uint32_t parity, bool waits);
+  void (*bulk_load)(Thread&, uint32_t site, uint32_t to, uint64_t from, uint32_t bytes, uint32_t barrier);
+  void (*bulk_tensor)(Thread&, uint32_t site, uint32_t to, uint64_t map, const int32_t* place, uint32_t barrier);
+  void (*bulk_store)(Thread&, uint32_t site, uint64_t to, uint32_t from, uint32_t bytes);
+  void (*bulk_commit)(Thread&);
+  void (*bulk_wait)(Thread&, uint32_t groups);
+  void (*cluster_arrive)(Thread&, uint32_t site);
+  void (*cluster_wait)(Thread&, uint32_t site);
 };
 
 struct Thread {

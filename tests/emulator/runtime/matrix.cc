@@ -1,63 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // ldmatrix, stmatrix and mma.sync. Lane t has row (or column) t / 4 of a fragment and, with e elements to a register,
 // places e (t % 4) and on; further registers are 8 rows and 4 e places further.
-#include <vector>
-
 #include "block.h"
-#include "narrow.h"
+#include "elements.h"
 
 namespace emulator {
 namespace {
-
-struct HalfTable {
-  std::vector<float> value = std::vector<float>(65536);
-  HalfTable() {
-    for (uint32_t i = 0; i < 65536; ++i) value[i] = from_f16(static_cast<uint16_t>(i));
-  }
-};
-const HalfTable kHalves;
-
-int width_of(Element element) {
-  switch (element) {
-    case Element::kS4:
-    case Element::kU4:
-      return 4;
-    case Element::kS8:
-    case Element::kU8:
-    case Element::kE4M3:
-    case Element::kE5M2:
-      return 8;
-    case Element::kF16:
-    case Element::kBF16:
-      return 16;
-    default:
-      return 32;
-  }
-}
-
-template <typename T>
-T decode(Element element, uint32_t bits) {
-  switch (element) {
-    case Element::kS4:
-      return static_cast<T>(static_cast<int32_t>(bits << 28) >> 28);
-    case Element::kU4:
-      return static_cast<T>(bits & 15);
-    case Element::kS8:
-      return static_cast<T>(static_cast<int8_t>(bits));
-    case Element::kU8:
-      return static_cast<T>(static_cast<uint8_t>(bits));
-    case Element::kF16:
-      return static_cast<T>(kHalves.value[bits & 0xffff]);
-    case Element::kBF16:
-      return static_cast<T>(from_bf16(static_cast<uint16_t>(bits)));
-    case Element::kE4M3:
-      return static_cast<T>(from_e4m3(static_cast<uint8_t>(bits)));
-    case Element::kE5M2:
-      return static_cast<T>(from_e5m2(static_cast<uint8_t>(bits)));
-    default:
-      return static_cast<T>(0);
-  }
-}
 
 template <typename T>
 void product(const WarpLanes& warp, const Shape& shape, T (&sum)[16][8]) {

@@ -25,18 +25,22 @@ void run_lane(void* argument) {
   lane.state = State::kDone;
   ++lane.block->cluster->progress;
   leave_barriers(lane);
+  leave(lane);
   for (;;) lane.fiber.pause();
+}
+
+void give_up(Thread& t, uint32_t site, const char* what, uint64_t value) {
+  char text[32];
+  snprintf(text, sizeof(text), " (0x%llx)", static_cast<unsigned long long>(value));
+  fail(t, site, what + std::string(text));
 }
 
 }  // namespace
 
-const Services kServices = {together,  barrier,       yield,  copy, copy_commit,
-                            copy_wait, copy_wait_all, remote, [](Thread& t, uint32_t site, const char* what, uint64_t value) {
-                              char text[32];
-                              snprintf(text, sizeof(text), " (0x%llx)", static_cast<unsigned long long>(value));
-                              fail(t, site, what + std::string(text));
-                            },
-                            rounded};
+const Services kServices = {together,        barrier,       yield,     copy,        copy_commit, copy_wait,
+                            copy_wait_all,   remote,        give_up,   rounded,     mbarrier_init, mbarrier_arrive,
+                            mbarrier_test,   bulk_load,     bulk_tensor, bulk_store, bulk_commit, bulk_wait,
+                            cluster_arrive,  cluster_wait};
 
 void fail(Thread& t, uint32_t site, const std::string& what) {
   Lane& lane = lane_of(t);
@@ -63,6 +67,8 @@ void Cluster::prepare(uint64_t first) {
   const uint32_t end = kernel.dynamic_offset + launch->dynamic_bytes;
   while (blocks.size() < launch->cluster) blocks.push_back(std::make_unique<Block>());
   blocks.resize(launch->cluster);
+  transfers.clear();
+  cluster_arrived = 0;
   for (uint32_t rank = 0; rank < launch->cluster; ++rank) {
     Block& block = *blocks[rank];
     block.cluster = this;
@@ -98,6 +104,8 @@ void Cluster::prepare(uint64_t first) {
       lane.state = State::kReady;
       lane.open.clear();
       lane.groups.clear();
+      lane.bulk_open.clear();
+      lane.bulk_groups.clear();
       lane.fiber.start(run_lane, &lane);
     }
   }
@@ -161,7 +169,11 @@ bool Cluster::run(const Launch& what, uint64_t first) {
       }
     }
     if (failed) return false;
-    if (!ran) break;
+    if (!transfers.empty()) {
+      finish_transfer(*this);
+    } else if (!ran) {
+      break;
+    }
     idle = progress == before ? idle + 1 : 0;
     if (idle > kYieldsMax) {
       describe_deadlock("threads wait in loops, and nothing moves");

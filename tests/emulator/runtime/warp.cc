@@ -123,10 +123,9 @@ void together(Thread& t, uint32_t site, Together what, uint32_t mask, uint32_t* 
       return;
     }
   }
-  if (what == Together::kMultiply || needs_same_site(what)) {
-    if (mask != ~0u) fail(t, site, "the whole warp has to take part");
-  }
-  if (what == Together::kMultiply) {
+  if (what == Together::kGroupMultiply) {
+    group_multiply(warp, *shape);
+  } else if (what == Together::kMultiply) {
     multiply(warp, *shape);
   } else if (what >= Together::kMatrices1) {
     move_matrices(warp, what);
