@@ -69,7 +69,7 @@ def attention(
     out: torch.Tensor | None = None,
     row: str = "",
 ) -> Outcome:
-    """q [B, H, S, D], k and v [B, Hk, Sk, D]; `out` is where the output goes, dense memory between margins if not given."""
+    """q [B, H, S, D], k and v [B, Hk, Sk, D]; `out`: where the output goes, if not to dense memory."""
     library = _libraries.setdefault(path, abi.Library(path))
     b, h, s, d = q.shape
     dv = v.shape[3]

@@ -48,7 +48,9 @@ def tensors(case: Case) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * case.seqlen_q + case.seqlen_k)
     made = []
     shapes = [(case.heads_kv * case.group, case.seqlen_q), *[(case.heads_kv, case.seqlen_k)] * 2]
-    for (heads, length), factor, mean in zip(shapes, (case.factor, case.factor, 1), (0, case.k_mean, case.v_mean), strict=True):
+    for (heads, length), factor, mean in zip(
+        shapes, (case.factor, case.factor, 1), (0, case.k_mean, case.v_mean), strict=True
+    ):
         values = torch.randn(case.batch, heads, length, case.head_dim, generator=generator) * factor
         values += mean * torch.randn(case.head_dim, generator=generator)
         made.append(gpu_kit.place(values.to(TYPES[case.dtype]), case.memory, float("nan"))[0])
@@ -90,7 +92,7 @@ def bits(path: str, case: Case) -> tuple[list[int], list[int]]:
 
 
 def placement(path: str, case: Case, name: str, where: list[tuple[int, ...]], value: float) -> None:
-    """AssertionError where NaN or Inf appear elsewhere than in exact attention, with `value` at indices of Q, K or V."""
+    """With `value` at indices of Q, K or V; AssertionError where NaN or Inf appear elsewhere than in exact attention."""
     q, k, v = made = tensors(case)
     if name == "k":  # a query value that INT8 rounds to 0 meets Inf as 0 times Inf: keep clear
         channel = q[..., where[0][3]]

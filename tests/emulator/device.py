@@ -61,7 +61,7 @@ def launch(
     cluster: int = 1,
     seed: int = 0,
 ) -> Result:
-    """Runs a kernel whose parameters are pointers (arrays) and 32-bit integers, of a module translated into `folder`."""
+    """Runs a kernel of a module translated into `folder`; its parameters are pointers (arrays) and 32-bit integers."""
     os.environ["EMULATOR_TRANSLATIONS"], os.environ["EMULATOR_SEED"] = folder, str(seed)
     cuda, kernel = worker.driver(), ctypes.c_void_p()
     assert cuda.cuLibraryGetKernel(ctypes.byref(kernel), _module(text.encode()), name.encode()) == 0

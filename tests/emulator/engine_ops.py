@@ -16,7 +16,9 @@ def mbarrier(w: Writer, insn: Instruction) -> None:
     words = [word for word in insn.opcode.split(".")[1:] if word not in _ORDER]
     operands, site = insn.operands, w.site(insn)
     if words == ["init"]:
-        w.lines.append(f"t.services->mbarrier_init(t, {site}, {w.address(operands[0])[1]}, {w.read(operands[1], 'u32')});")
+        w.lines.append(
+            f"t.services->mbarrier_init(t, {site}, {w.address(operands[0])[1]}, {w.read(operands[1], 'u32')});"
+        )
     elif words in (["arrive"], ["arrive", "expect_tx"]) and operands[0] == "_":
         third = w.read(operands[2], "u32") if len(operands) > 2 else ""
         count, expected = ("1", third) if len(words) > 1 else (third or "1", "0")

@@ -89,7 +89,9 @@ def atomic(w: Writer, insn: Instruction) -> None:
     place = _place(w, insn, space, operands[1], SIZES[kind])
     cxx, bits = CXX[kind], f"uint{8 * SIZES[kind]}_t"
     # Floats are compared as bits: a NaN is equal to itself there.
-    read, back = ("__builtin_bit_cast(float, bits)", "__builtin_bit_cast(uint32_t, next)") if kind == "f32" else ("bits", "next")
+    read, back = (
+        ("__builtin_bit_cast(float, bits)", "__builtin_bit_cast(uint32_t, next)") if kind == "f32" else ("bits", "next")
+    )
     body = f"{cxx} old = ({cxx}){read}; {cxx} next = {ATOMICS[name].format(*values)}; return ({bits}){back};"
     call = f"change<{bits}>({place}, [&]({bits} bits) {{ {body} }})"
     w.write(operands[0], kind, f"__builtin_bit_cast({cxx}, {call})")

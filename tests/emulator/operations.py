@@ -34,7 +34,7 @@ def _put(opcode: str, result: str, operands: tuple[str, ...], code: str) -> None
 
 def _integers() -> None:
     for t in (*SIGNED, *UNSIGNED):
-        one, two, three = (t,), (t, t), (t, t, t)
+        two, three = (t, t), (t, t, t)
         c, wide = CXX[t], CXX.get(t[0] + WIDER.get(t[1:], ""), "")
         _put(f"add.{t}", t, two, "{0} + {1}")
         _put(f"sub.{t}", t, two, "{0} - {1}")

@@ -78,7 +78,9 @@ def _built(kernel: Kernel) -> Built:
 def _library(bundle: Bundle, compiler: list[str]) -> Path:
     """libsagert with this bundle."""
     text = table.render([bundle])
-    total = hashlib.sha256(repr(compiler).encode() + text.encode() + (fake_build.ROOT / "include/sagert.h").read_bytes())
+    total = hashlib.sha256(
+        repr(compiler).encode() + text.encode() + (fake_build.ROOT / "include/sagert.h").read_bytes()
+    )
     for path in sorted((fake_build.ROOT / "host").rglob("*.[ch]*")):
         total.update(path.name.encode() + path.read_bytes())
     home = compiling.store() / f"package-{total.hexdigest()[:32]}"

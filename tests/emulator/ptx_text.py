@@ -114,7 +114,7 @@ class _Body:
         return bisect.bisect_left(self._ends, at) + 1
 
     def _statements(self) -> Iterator[tuple[str, int]]:
-        """"{", "}", "name:" and what ends in a semicolon, with the place of each."""
+        """ "{", "}", "name:" and what ends in a semicolon, with the place of each."""
         while True:
             while self._text[self._at].isspace() or self._text[self._at] == ";":
                 self._at += 1
@@ -179,9 +179,7 @@ def parse(text: str) -> Module:
         if found is None:
             raise PtxError(f"line {text.count(chr(10), 0, at) + 1}: unknown: {text[at : at + 60].strip()}")
         word = text[found.start() : found.end()].split()[-1] if found[2] else ""
-        if not found[2]:
-            at = found.end()
-        elif word in (".visible", ".weak", ".extern", ".common"):
+        if not found[2] or word in (".visible", ".weak", ".extern", ".common"):
             at = found.end()
         elif word == ".entry":
             head = _ENTRY.match(text, found.start(2))

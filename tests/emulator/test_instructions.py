@@ -23,7 +23,8 @@ mul.wide.u32 %d2, %r0, OUT; add.s64 %d1, %d1, %d2;
 
 def kernel(body, bytes_in=4, bytes_out=4, declarations=""):
     start = START.replace("IN", str(bytes_in)).replace("OUT", str(bytes_out))
-    return f"{HEAD}.visible .entry k(.param .u64 in, .param .u64 out)\n{{{REGISTERS}{declarations}{start}{body}\nret;\n}}\n"
+    head = f"{HEAD}.visible .entry k(.param .u64 in, .param .u64 out)\n"
+    return f"{head}{{{REGISTERS}{declarations}{start}{body}\nret;\n}}\n"
 
 
 def run(emulated, body, given, wanted, *, declarations="", **options):
@@ -48,15 +49,15 @@ def fragments(matrix, bits):
     for e in range(per):
         packed |= (matrix[:, e::per].astype(np.uint32) & ((1 << bits) - 1)) << np.uint32(bits * e)
     lane = np.arange(32)
-    columns = [packed[lane // 4 + 8 * (i % (lines // 8)), lane % 4 + 4 * (i // (lines // 8))] for i in range(packed.size // 32)]
+    columns = [
+        packed[lane // 4 + 8 * (i % (lines // 8)), lane % 4 + 4 * (i // (lines // 8))] for i in range(packed.size // 32)
+    ]
     return np.stack(columns, 1)
 
 
 def accumulators(matrix):
     lane = np.arange(32)
-    return np.stack(
-        [matrix[lane // 4 + 8 * (e // 2), lane % 4 * 2 + e % 2] for e in range(matrix.size // 32)], 1
-    )
+    return np.stack([matrix[lane // 4 + 8 * (e // 2), lane % 4 * 2 + e % 2] for e in range(matrix.size // 32)], 1)
 
 
 def draw(kind, shape, seed):
@@ -129,7 +130,9 @@ def test_ldmatrix(emulated, count, transposed):
     bar.warp.sync -1;
     ldmatrix.sync.aligned.m8n8.x{count}{".trans" * transposed}.shared.b16 {{{names}}}, [%r5];
     """ + "".join(f"st.global.u32 [%d1+{4 * i}], %r{10 + i};" for i in range(count))
-    found = run(emulated, body, given, np.zeros((32, count), np.uint32), declarations=".shared .align 16 .b8 place[512];")
+    found = run(
+        emulated, body, given, np.zeros((32, count), np.uint32), declarations=".shared .align 16 .b8 place[512];"
+    )
     matrices = given.view(np.uint16).reshape(4, 8, 8)[:count]
     if transposed:
         matrices = matrices.transpose(0, 2, 1)
@@ -147,7 +150,10 @@ st.global.v4.u32 [%d1], {%r1, %r2, %r3, %r4};
 """
 
 
-@pytest.mark.parametrize(("wait", "there"), [("cp.async.wait_group 0;", 1), ("cp.async.wait_all;", 1), ("", 0), ("cp.async.wait_group 1;", 0)])
+@pytest.mark.parametrize(
+    ("wait", "there"),
+    [("cp.async.wait_group 0;", 1), ("cp.async.wait_all;", 1), ("", 0), ("cp.async.wait_group 1;", 0)],
+)
 @pytest.mark.parametrize("size", [16, 4, 0])
 def test_copies_come_as_late_as_they_may(emulated, wait, there, size):
     given = words(128).reshape(32, 4)
@@ -157,8 +163,20 @@ def test_copies_come_as_late_as_they_may(emulated, wait, there, size):
     assert np.array_equal(found, want)
 
 
+def _interleaved(a, b, c):
+    return a & 0xFF | (b & 0xFF) << 8 | (a >> 8 & 0xFF) << 16 | (b >> 8 & 0xFF) << 24
+
+
+def _dot(a, b, c):
+    return sum((a >> s & 255) * (b >> s & 255) for s in (0, 8, 16, 24)) + c & 0xFFFFFFFF
+
+
+def _signed(x):
+    return x - (x >> 31 << 32)
+
+
 INTEGERS = [
-    ("prmt.b32 %r4, %r1, %r2, 0x5140;", lambda a, b, c: a & 0xFF | (b & 0xFF) << 8 | (a >> 8 & 0xFF) << 16 | (b >> 8 & 0xFF) << 24),
+    ("prmt.b32 %r4, %r1, %r2, 0x5140;", _interleaved),
     ("prmt.b32 %r4, %r1, %r2, 0x8888;", lambda a, b, c: 0xFFFFFFFF if a & 0x80 else 0),
     ("lop3.b32 %r4, %r1, %r2, %r3, 0xe8;", lambda a, b, c: a & b | a & c | b & c),
     ("shf.l.wrap.b32 %r4, %r1, %r2, 7;", lambda a, b, c: (b << 7 | a >> 25) & 0xFFFFFFFF),
@@ -168,12 +186,12 @@ INTEGERS = [
     ("bfe.u32 %r4, %r1, 4, 8;", lambda a, b, c: a >> 4 & 0xFF),
     ("bfe.s32 %r4, %r1, 4, 8;", lambda a, b, c: ((a >> 4 & 0xFF) ^ 0x80) - 0x80 & 0xFFFFFFFF),
     ("bfi.b32 %r4, %r1, %r2, 8, 4;", lambda a, b, c: b & ~0xF00 | (a & 15) << 8),
-    ("dp4a.u32.u32 %r4, %r1, %r2, %r3;", lambda a, b, c: sum((a >> s & 255) * (b >> s & 255) for s in (0, 8, 16, 24)) + c & 0xFFFFFFFF),
+    ("dp4a.u32.u32 %r4, %r1, %r2, %r3;", _dot),
     ("mul.hi.u32 %r4, %r1, %r2;", lambda a, b, c: a * b >> 32),
     ("mad.lo.s32 %r4, %r1, %r2, %r3;", lambda a, b, c: a * b + c & 0xFFFFFFFF),
-    ("min.s32 %r4, %r1, %r2;", lambda a, b, c: min(a, b, key=lambda x: x - (x >> 31 << 32))),
+    ("min.s32 %r4, %r1, %r2;", lambda a, b, c: min(a, b, key=_signed)),
     ("popc.b32 %r4, %r1;", lambda a, b, c: bin(a).count("1")),
-    ("setp.gt.s32 %p1|%p2, %r1, %r2; selp.b32 %r4, %r1, %r2, %p2;", lambda a, b, c: min(a, b, key=lambda x: x - (x >> 31 << 32))),
+    ("setp.gt.s32 %p1|%p2, %r1, %r2; selp.b32 %r4, %r1, %r2, %p2;", lambda a, b, c: min(a, b, key=_signed)),
     ("{.reg .pred q; setp.lt.u32 q, %r1, %r2; mov.u32 %r4, 1; @!q mov.u32 %r4, 2;}", lambda a, b, c: 1 if a < b else 2),
     ("cvt.pack.sat.s8.s32.b32 %r4, 300, -300, %r1;", lambda a, b, c: (a << 16 | 0x7F80) & 0xFFFFFFFF),
 ]  # fmt: skip
@@ -182,7 +200,8 @@ INTEGERS = [
 @pytest.mark.parametrize(("text", "function"), INTEGERS, ids=lambda x: x if isinstance(x, str) else "")
 def test_integers(emulated, text, function):
     given = words(96).reshape(32, 3)
-    body = f"ld.global.u32 %r1, [%d0]; ld.global.u32 %r2, [%d0+4]; ld.global.u32 %r3, [%d0+8]; {text} st.global.u32 [%d1], %r4;"
+    read = "ld.global.u32 %r1, [%d0]; ld.global.u32 %r2, [%d0+4]; ld.global.u32 %r3, [%d0+8];"
+    body = f"{read} {text} st.global.u32 [%d1], %r4;"
     found = run(emulated, body, given, np.zeros(32, np.uint32))
     assert found.tolist() == [function(*map(int, row)) for row in given]
 
@@ -198,7 +217,7 @@ FLOATS = [
     ("cvt.rzi.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", -7.9, 0.0, -7.0),
     ("cvt.rni.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", 2.5, 0.0, 2.0),
     ("cvt.rni.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", NAN, 0.0, 0.0),
-    ("mul.ftz.f32 %f3, %f1, %f2;", 1e-38, 0.5, 0.0), ("setp.ltu.f32 %p1, %f1, %f2; selp.f32 %f3, 1.0, 0.0, %p1;".replace("1.0", "0f3F800000").replace("0.0", "0f00000000"), NAN, 1.0, 1.0),
+    ("mul.ftz.f32 %f3, %f1, %f2;", 1e-38, 0.5, 0.0), ("setp.ltu.f32 %p1, %f1, %f2; selp.f32 %f3, 0f3F800000, 0f00000000, %p1;", NAN, 1.0, 1.0),
 ]  # fmt: skip
 
 
@@ -295,7 +314,9 @@ def test_divergence(emulated):
 
 
 def failure(emulated, body, threads=64, declarations="", **options):
-    made = emulated(kernel(body, declarations=declarations), "k", [words(threads), words(threads)], block=threads, **options)
+    made = emulated(
+        kernel(body, declarations=declarations), "k", [words(threads), words(threads)], block=threads, **options
+    )
     assert made.status == 719
     return made.error
 
@@ -314,20 +335,25 @@ def test_an_endless_wait_ends(emulated):
 
 
 def test_shared_memory_has_bounds(emulated):
-    error = failure(emulated, "mov.u32 %r1, place; st.shared.u32 [%r1+16], %r0;", declarations=".shared .align 4 .b8 place[16];")
+    error = failure(
+        emulated, "mov.u32 %r1, place; st.shared.u32 [%r1+16], %r0;", declarations=".shared .align 4 .b8 place[16];"
+    )
     assert "outside shared memory" in error
     assert "st.shared.u32 [%r1+16], %r0" in error
     assert "not a multiple" in failure(emulated, "mov.u32 %r1, 1026; st.shared.u32 [%r1], %r0;", shared=64)
 
 
 def test_part_of_a_warp_cannot_multiply(emulated):
-    body = "setp.gt.u32 %p1, %r0, 3; @%p1 bra l; mov.u32 %r1, place; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1]; l:"
+    load = "mov.u32 %r1, place; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r1];"
+    body = f"setp.gt.u32 %p1, %r0, 3; @%p1 bra l; {load} l:"
     error = failure(emulated, body, 32, declarations=".shared .align 16 .b8 place[512];")
     assert "deadlock" in error
     assert "ldmatrix" in error
 
 
-@pytest.mark.parametrize("text", ["tex.1d.v4.s32.s32 {%r1}, [%r2];", "add.weird.s32 %r1, %r2, %r3;", "add.s32 %r1, %x, %r2;"])
+@pytest.mark.parametrize(
+    "text", ["tex.1d.v4.s32.s32 {%r1}, [%r2];", "add.weird.s32 %r1, %r2, %r3;", "add.s32 %r1, %x, %r2;"]
+)
 def test_unknown_instructions_are_named(text):
     with pytest.raises(PtxError, match="k, line") as error:
         translate(kernel(text))

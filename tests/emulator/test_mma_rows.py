@@ -55,7 +55,9 @@ def test_shapes(rows, precision, shape):
     check(rows, Case(precision, 130, 200, **shape))
 
 
-@pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(80, "bf16", 0), (96, "bf16", 0), (200, "fp16", 1), (256, "fp16", 1)])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "causal"), [(80, "bf16", 0), (96, "bf16", 0), (200, "fp16", 1), (256, "fp16", 1)]
+)
 def test_head_dims_of_int8_fp16_alone(rows, head_dim, dtype, causal):
     check(rows, Case("int8_fp16", 130, 200, head_dim, dtype, bool(causal), batch=2))
 
@@ -75,7 +77,9 @@ def test_no_key(rows, precision, causal):
     assert set(lse) == {0xFF800000 - (1 << 32)}  # -inf
 
 
-@pytest.mark.parametrize("case", [Case(p, 200, 300, 128, "fp16", c) for p in PRECISIONS for c in (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(p, 200, 300, 128, "fp16", c) for p in PRECISIONS for c in (False, True)], ids=str
+)
 def test_bits_do_not_depend_on_the_order_of_warps(rows, case):
     """A missing barrier, or a missing wait for a copy, makes the result a matter of luck."""
     first, *others = (rows.run("sm80", cases.bits, Case(**{**vars(case), "seed": seed})) for seed in (0, 1, 2, 3))
@@ -105,7 +109,15 @@ def test_nonfinite(rows, precision, causal, value, name):
 def test_large_scores(rows, precision, dtype, causal, head_dim):
     """Where a unit of the integer scores is many powers of two: results stay finite, and those of the reference."""
     kernel_dim = 128 if dtype == "fp16" else 64
-    case = Case(precision, 129, 200, min(head_dim + 60 * (dtype == "fp16" and head_dim == 64), kernel_dim), dtype, causal, factor=30.0)
+    case = Case(
+        precision,
+        129,
+        200,
+        min(head_dim + 60 * (dtype == "fp16" and head_dim == 64), kernel_dim),
+        dtype,
+        causal,
+        factor=30.0,
+    )
     found = rows.run("sm80", cases.figures, case)
     assert found["finite"], found
     assert found["near"] <= 2 * cases.NEAR[precision], found

@@ -13,7 +13,9 @@ PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
-@pytest.mark.parametrize(("precision", "lengths"), itertools.product(PRECISIONS, [(1, 1), (65, 129), (300, 300)]), ids=str)
+@pytest.mark.parametrize(
+    ("precision", "lengths"), list(itertools.product(PRECISIONS, [(1, 1), (65, 129), (300, 300)])), ids=str
+)
 def test_lengths(rows, precision, lengths, head_dim, dtype, causal):
     case = Case(precision, *lengths, head_dim, dtype, causal, family="wgmma")
     found = rows.run("sm90", cases.figures, case)

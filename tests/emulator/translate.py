@@ -64,7 +64,9 @@ class _Kernel:
         sizes = ", ".join(str(p.count * SIZES[p.kind]) for p in self.entry.parameters) or "0"
         # One array for all that lanes exchange: with one for each, optimizing takes gigabytes.
         body = "\n".join([f"uint32_t x[{ROOM}];", *self.declared, *self.writer.lines])
-        code = f"static const uint32_t sizes_{name}[] = {{{sizes}}};\nstatic void run_{name}(Thread& t) {{\n{body}\n}}\n"
+        code = (
+            f"static const uint32_t sizes_{name}[] = {{{sizes}}};\nstatic void run_{name}(Thread& t) {{\n{body}\n}}\n"
+        )
         row = f'{{"{name}", run_{name}, {self.shared}u, {start}u, {len(self.entry.parameters)}u, sizes_{name}}}'
         return code, row
 

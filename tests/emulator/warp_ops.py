@@ -78,16 +78,16 @@ def elect(w: Writer, insn: Instruction) -> None:
     w.lines.append("}")
 
 
-def _matrices(insn: Instruction) -> tuple[str, int]:
+def _matrices(insn: Instruction) -> str:
     words = insn.opcode.split(".")
     count = next((word for word in words if word in ("x1", "x2", "x4")), None)
     if count is None or words[-1] != "b16" or "m8n8" not in words:
         raise PtxError(f"unknown form {insn.opcode}")
-    return count[1] + "Transposed" * ("trans" in words), int(count[1])
+    return count[1] + "Transposed" * ("trans" in words)
 
 
 def load_matrices(w: Writer, insn: Instruction) -> None:
-    kind, count = _matrices(insn)
+    kind = _matrices(insn)
     address = f"(uint32_t){w.address(insn.operands[1])[1]}"
     together(w, insn, f"Matrices{kind}", "~0u", [address])
     for i, name in enumerate(vector(insn.operands[0])):
@@ -96,7 +96,7 @@ def load_matrices(w: Writer, insn: Instruction) -> None:
 
 
 def store_matrices(w: Writer, insn: Instruction) -> None:
-    kind, count = _matrices(insn)
+    kind = _matrices(insn)
     words = [f"(uint32_t){w.address(insn.operands[0])[1]}"]
     words += [w.read(name, "b32") for name in vector(insn.operands[1])]
     together(w, insn, f"StoreMatrices{kind}", "~0u", words)
@@ -104,7 +104,9 @@ def store_matrices(w: Writer, insn: Instruction) -> None:
 
 
 def multiply(w: Writer, insn: Instruction) -> None:
-    found = re.fullmatch(r"mma\.sync\.aligned\.(m(\d+)n8k(\d+))\.row\.col(?:\.kind::f8f6f4)?((?:\.\w+){4})", insn.opcode)
+    found = re.fullmatch(
+        r"mma\.sync\.aligned\.(m(\d+)n8k(\d+))\.row\.col(?:\.kind::f8f6f4)?((?:\.\w+){4})", insn.opcode
+    )
     d, a, b, c = found[4][1:].split(".") if found else [""] * 4
     if found is None or c != d or BITS.get(a) != BITS.get(b) or c not in ("s32", "f16", "f32"):
         raise PtxError(f"unknown form {insn.opcode}")

@@ -122,7 +122,8 @@ inline T extract_bits(T a, uint32_t position, uint32_t length) {
   constexpr uint32_t width = 8 * sizeof(T);
   position &= 0xff, length &= 0xff;
   auto bit = [&](uint32_t i) { return static_cast<uint64_t>(a) >> i & 1; };
-  const uint64_t sign = is_signed && length != 0 ? bit(position + length > width ? width - 1 : position + length - 1) : 0;
+  const uint64_t sign =
+      is_signed && length != 0 ? bit(position + length > width ? width - 1 : position + length - 1) : 0;
   uint64_t result = 0;
   for (uint32_t i = 0; i < width; ++i) {
     result |= (i < length && position + i < width ? bit(position + i) : sign) << i;
@@ -182,7 +183,8 @@ template <typename To>
 inline uint32_t packed(int32_t a, int32_t b, uint32_t c) {
   constexpr int bits = 8 * sizeof(To);
   constexpr uint32_t ones = (1u << bits) - 1;
-  const uint32_t both = (static_cast<uint32_t>(clamped<To>(a)) & ones) << bits | (static_cast<uint32_t>(clamped<To>(b)) & ones);
+  const uint32_t both =
+      (static_cast<uint32_t>(clamped<To>(a)) & ones) << bits | (static_cast<uint32_t>(clamped<To>(b)) & ones);
   return bits == 16 ? both : c << 2 * bits | both;
 }
 

@@ -32,8 +32,9 @@ uint32_t barrier(Thread& t, uint32_t site, uint32_t id, uint32_t threads, bool w
   const bool counts_zeros = reduce == Reduce::kAnd;
   // 0: all threads that there still are.
   if (barrier.arrived != 0 && barrier.expected != threads) {
-    fail(t, site, "others expect " + std::to_string(barrier.expected) + " threads at barrier " + std::to_string(id) +
-                      ", this one " + std::to_string(threads));
+    fail(t, site,
+         "others expect " + std::to_string(barrier.expected) + " threads at barrier " + std::to_string(id) +
+             ", this one " + std::to_string(threads));
   }
   barrier.expected = threads;
   ++barrier.arrived;

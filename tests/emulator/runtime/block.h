@@ -85,7 +85,7 @@ struct Cluster {
   const Launch* launch = nullptr;
   std::vector<std::unique_ptr<Block>> blocks;
   std::mt19937_64 random;
-  uint64_t progress = 0;  // counts what can end a wait
+  uint64_t progress = 0;    // counts what can end a wait
   Lane* current = nullptr;  // who runs
   std::deque<Transfer> transfers;
   uint64_t cluster_turn = 0;  // of the barrier for all blocks

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A driver whose device is the CPU. What it insists on, and its memory, are the stub driver's (tests/abi/stub/libcuda.c,
-// compiled with these functions renamed); code is PTX, of which EMULATOR_TRANSLATIONS, a folder, has the translations,
-// named by the text's SHA-256. A launch is over when it returns.
+// A driver whose device is the CPU. What it insists on, and its memory, are the stub driver's
+// (tests/abi/stub/libcuda.c, compiled with these functions renamed); code is PTX, of which EMULATOR_TRANSLATIONS, a
+// folder, has the translations, named by the text's SHA-256. A launch is over when it returns.
 //   EMULATOR_SEED     makes the order of warps random (0: it is not)
 //   EMULATOR_THREADS  of the host, that run blocks (all CPUs)
 #include <dlfcn.h>
@@ -24,8 +24,8 @@
 extern "C" {
 int stub_load(void**, const void*, void*, void**, unsigned, void*, void**, unsigned);
 int stub_get_kernel(void**, void*, const char*);
-int stub_tensor_map(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int,
-                    int, int, int);
+int stub_tensor_map(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*,
+                    int, int, int, int);
 int stub_launch(const void* config, void* function, void** parameters, void** extra);
 }
 

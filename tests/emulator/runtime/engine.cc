@@ -77,7 +77,8 @@ void bulk_tensor(Thread& t, uint32_t site, uint32_t to, uint64_t from, const int
   std::memset(base, 0xff, line * lines);
   Transfer transfer = {{}, shared_at(t, site, barrier, 8), line * lines};
   for (uint32_t i = 0; i < lines; ++i) {
-    const int64_t at[4] = {place[0], int64_t{place[1]} + i % map.box[1], int64_t{place[2]} + i / map.box[1] % map.box[2],
+    const int64_t at[4] = {place[0], int64_t{place[1]} + i % map.box[1],
+                           int64_t{place[2]} + i / map.box[1] % map.box[2],
                            int64_t{place[3]} + i / map.box[1] / map.box[2]};
     bool inside = true;
     int64_t offset = 0;

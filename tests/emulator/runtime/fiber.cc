@@ -60,7 +60,8 @@ void Fiber::start(void (*run)(void*), void* argument) {
   if (stack_ == nullptr) stack_ = static_cast<char*>(map_stack(kStack));
   void** top = reinterpret_cast<void**>(stack_ + kStack) - 2;
   // As emulator_switch leaves a stack: r15, r14, r13, r12, rbx, rbp, and where to return to.
-  void* frame[] = {nullptr,  nullptr, reinterpret_cast<void*>(run), argument, nullptr, nullptr, reinterpret_cast<void*>(emulator_begin)};
+  void* frame[] = {nullptr, nullptr, reinterpret_cast<void*>(run),           argument,
+                   nullptr, nullptr, reinterpret_cast<void*>(emulator_begin)};
   for (int i = 6; i >= 0; --i) *--top = frame[i];
   own_ = top;
 }

@@ -29,7 +29,7 @@ class Fiber {
   static constexpr size_t kStack = size_t{1} << 20;  // pages that nothing touches cost nothing
   char* stack_ = nullptr;
 #if defined(__x86_64__)
-  void* own_ = nullptr;     // stack pointers
+  void* own_ = nullptr;  // stack pointers
   void* caller_ = nullptr;
 #else
   static void begin(unsigned high, unsigned low);

@@ -22,9 +22,7 @@ struct Operand {
     swizzle_bits = mode == 0 ? 0 : 4 - mode;  // 128, 64 and 32 bytes
   }
 
-  uint32_t swizzled(uint32_t address) const {
-    return address ^ (address >> 7 & ((1u << swizzle_bits) - 1)) << 4;
-  }
+  uint32_t swizzled(uint32_t address) const { return address ^ (address >> 7 & ((1u << swizzle_bits) - 1)) << 4; }
   // Of byte `byte` along K of row `row`.
   uint32_t along(uint32_t row, uint32_t byte) const {
     if (swizzle_bits == 0) return start + row / 8 * stride + byte / 16 * leading + row % 8 * 16 + byte % 16;

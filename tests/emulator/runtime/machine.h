@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a translated kernel sees of the emulated machine. Translations are libraries of their own: they reach the runtime
-// only through the functions in Services.
+// What a translated kernel sees of the emulated machine. Translations are libraries of their own: they reach the
+// runtime only through the functions in Services.
 #ifndef SAGERT_EMULATOR_MACHINE_H_
 #define SAGERT_EMULATOR_MACHINE_H_
 
@@ -12,21 +12,43 @@ namespace emulator {
 
 // Generic addresses of shared memory: no host pointer looks like these.
 constexpr uint64_t kSharedWindow = uint64_t{1} << 56;
-constexpr uint32_t kRankShift = 24;     // shared addresses: rank of the block in its cluster, then the offset
+constexpr uint32_t kRankShift = 24;      // shared addresses: rank of the block in its cluster, then the offset
 constexpr uint32_t kSharedBegin = 1024;  // offsets below are nobody's, so that a null address shows
 
 // What lanes of a warp do together. Each deposits words, and finds the results in their place.
 enum class Together {
   kSync,
-  kShuffleUp, kShuffleDown, kShuffleXor, kShuffleIndex,  // value, lane, clamp -> value, in range
-  kVoteAll, kVoteAny, kVoteUniform, kVoteBallot,         // predicate -> predicate, or ballot
-  kMatchAny, kMatchAll,                                  // two words -> mask, predicate
-  kElect,                                                // -> leader, predicate
-  kReduceAddU32, kReduceMinU32, kReduceMaxU32, kReduceMinS32, kReduceMaxS32, kReduceAnd, kReduceOr, kReduceXor,
-  kMatrices1, kMatrices2, kMatrices4,                    // address -> fragments
-  kMatrices1Transposed, kMatrices2Transposed, kMatrices4Transposed,
-  kStoreMatrices1, kStoreMatrices2, kStoreMatrices4,     // address, fragments
-  kStoreMatrices1Transposed, kStoreMatrices2Transposed, kStoreMatrices4Transposed,
+  kShuffleUp,
+  kShuffleDown,
+  kShuffleXor,
+  kShuffleIndex,  // value, lane, clamp -> value, in range
+  kVoteAll,
+  kVoteAny,
+  kVoteUniform,
+  kVoteBallot,  // predicate -> predicate, or ballot
+  kMatchAny,
+  kMatchAll,  // two words -> mask, predicate
+  kElect,     // -> leader, predicate
+  kReduceAddU32,
+  kReduceMinU32,
+  kReduceMaxU32,
+  kReduceMinS32,
+  kReduceMaxS32,
+  kReduceAnd,
+  kReduceOr,
+  kReduceXor,
+  kMatrices1,
+  kMatrices2,
+  kMatrices4,  // address -> fragments
+  kMatrices1Transposed,
+  kMatrices2Transposed,
+  kMatrices4Transposed,
+  kStoreMatrices1,
+  kStoreMatrices2,
+  kStoreMatrices4,  // address, fragments
+  kStoreMatrices1Transposed,
+  kStoreMatrices2Transposed,
+  kStoreMatrices4Transposed,
   kMultiply,       // a, b, c -> d; the shape is in the argument
   kGroupMultiply,  // d, a or its descriptor, b's descriptor, whether d counts -> d: a warp's part of wgmma
 };
@@ -71,8 +93,8 @@ struct Services {
 struct Thread {
   uint32_t tid[3], ntid[3], ctaid[3], nctaid[3];
   uint32_t lane, warp, rank, cluster_size;
-  uint8_t* shared;         // of offset 0
-  uint32_t shared_end;     // first offset beyond
+  uint8_t* shared;      // of offset 0
+  uint32_t shared_end;  // first offset beyond
   uint32_t dynamic_bytes;
   uint64_t clock;
   void* const* parameters;

@@ -61,7 +61,8 @@ void multiply(const WarpLanes& warp, const Shape& shape) {
   for (int t = 0; t < 32; ++t) {
     const uint32_t* words = warp.lane[t]->words + first;
     for (int e = 0; e < count; ++e) {
-      element(sum, t, e) = half ? from_f16(static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)) : bits_of<float>(words[e]);
+      element(sum, t, e) =
+          half ? from_f16(static_cast<uint16_t>(words[e / 2] >> e % 2 * 16)) : bits_of<float>(words[e]);
     }
   }
   product(warp, shape, sum);

@@ -37,10 +37,10 @@ void give_up(Thread& t, uint32_t site, const char* what, uint64_t value) {
 
 }  // namespace
 
-const Services kServices = {together,        barrier,       yield,     copy,        copy_commit, copy_wait,
-                            copy_wait_all,   remote,        give_up,   rounded,     mbarrier_init, mbarrier_arrive,
-                            mbarrier_test,   bulk_load,     bulk_tensor, bulk_store, bulk_commit, bulk_wait,
-                            cluster_arrive,  cluster_wait};
+const Services kServices = {together,      barrier,         yield,         copy,           copy_commit,
+                            copy_wait,     copy_wait_all,   remote,        give_up,        rounded,
+                            mbarrier_init, mbarrier_arrive, mbarrier_test, bulk_load,      bulk_tensor,
+                            bulk_store,    bulk_commit,     bulk_wait,     cluster_arrive, cluster_wait};
 
 void fail(Thread& t, uint32_t site, const std::string& what) {
   Lane& lane = lane_of(t);
@@ -138,7 +138,8 @@ void Cluster::describe_deadlock(const char* kind) {
     for (uint32_t i = 0; i < block->lanes.size(); ++i) {
       const Lane& lane = *block->lanes[i];
       if (lane.state == State::kDone) continue;
-      const bool same = i % kWarp != 0 && block->lanes[i - 1]->state == lane.state && block->lanes[i - 1]->site == lane.site;
+      const bool same =
+          i % kWarp != 0 && block->lanes[i - 1]->state == lane.state && block->lanes[i - 1]->site == lane.site;
       if (same || ++shown > 24) continue;
       message += "\n  " + place_of(*block, i) + " waits at " + name_of(*this, lane.site);
     }
