@@ -92,7 +92,7 @@ def bits(path: str, case: Case) -> tuple[list[int], list[int]]:
 
 
 def placement(path: str, case: Case, name: str, where: list[tuple[int, ...]], value: float) -> None:
-    """With `value` at indices of Q, K or V; AssertionError where NaN or Inf appear elsewhere than in exact attention."""
+    """With `value` at indices of Q, K or V; AssertionError where NaN or Inf appear elsewhere than exact."""
     q, k, v = made = tensors(case)
     if name == "k":  # a query value that INT8 rounds to 0 meets Inf as 0 times Inf: keep clear
         channel = q[..., where[0][3]]

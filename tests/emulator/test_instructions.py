@@ -217,7 +217,8 @@ FLOATS = [
     ("cvt.rzi.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", -7.9, 0.0, -7.0),
     ("cvt.rni.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", 2.5, 0.0, 2.0),
     ("cvt.rni.s32.f32 %r1, %f1; cvt.rn.f32.s32 %f3, %r1;", NAN, 0.0, 0.0),
-    ("mul.ftz.f32 %f3, %f1, %f2;", 1e-38, 0.5, 0.0), ("setp.ltu.f32 %p1, %f1, %f2; selp.f32 %f3, 0f3F800000, 0f00000000, %p1;", NAN, 1.0, 1.0),
+    ("mul.ftz.f32 %f3, %f1, %f2;", 1e-38, 0.5, 0.0),
+    ("setp.ltu.f32 %p1, %f1, %f2; selp.f32 %f3, 0f3F800000, 0f00000000, %p1;", NAN, 1.0, 1.0),
 ]  # fmt: skip
 
 
