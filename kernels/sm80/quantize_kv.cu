@@ -17,6 +17,8 @@ namespace sagert {
 
 constexpr int kStepBlocks = kStepKeys / kBlock;
 constexpr int kBlocksPerSm = BLOCKS_PER_SM;
+// Of V in FP8: e4m3's largest, or what keeps the sum of 64 products with P of at most 448 within fp16.
+constexpr float kLargestV = kV == V::kHalf ? 1.0f : ACCUMULATE != 0 ? 2.25f : 448.0f;
 constexpr int kBuffers = kHeadDim > 128 ? 1 : 2;  // of tiles of V
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
 
@@ -240,9 +242,9 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
   if constexpr (!kInt8V) {
     const float amax = fmaxf(s.stats[kMax][channel] - shift, shift - s.stats[kMin][channel]);
     const bool zero = !(amax >= kTiny);  // also where nothing is finite
-    const float largest = kV == V::kHalf ? power_above(amax) : amax, code = kV == V::kHalf ? 1.0f : 448.0f;
-    s.inverse[channel] = zero ? 0.0f : code / largest;
-    if (t.part == 0) p.v.scale[at] = static_cast<VScaleType>(zero ? 1.0f : largest * (1.0f / code));
+    const float largest = kV == V::kHalf ? power_above(amax) : amax;
+    s.inverse[channel] = zero ? 0.0f : kLargestV / largest;
+    if (t.part == 0) p.v.scale[at] = static_cast<VScaleType>(zero ? 1.0f : largest * (1.0f / kLargestV));
   }
 }
 

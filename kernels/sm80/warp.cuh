@@ -229,17 +229,18 @@ struct Warp {
   __device__ __forceinline__ void multiply_k_shared(int stage) {
     int t = threadIdx.x;
     forget(t);
+    constexpr int last = first + 2 < kQueryParts ? first + 2 : kQueryParts;
     QueryFragments two;
 #pragma unroll
-    for (int k = first; k < first + 2; ++k) {
+    for (int k = first; k < last; ++k) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         const int place = (k - kQueryParts + kQueryPartsShared) * kM + m;
         load_shared(two[m][k], SAGERT_AT(base, q) + (place * kThreads + t) * 16);
       }
     }
-    multiply_k_parts<first, first + 2>(stage, two);
-    if constexpr (first + 2 < kQueryParts) multiply_k_shared<first + 2>(stage);
+    multiply_k_parts<first, last>(stage, two);
+    if constexpr (last < kQueryParts) multiply_k_shared<last>(stage);
   }
 
   template <int first, int last>

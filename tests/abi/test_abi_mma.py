@@ -11,13 +11,14 @@ from tests.kit.stub import calls
 
 WORKSPACE = 1 << 40
 CAPABILITY = 110
+SCALED = 111  # of a row whose V is fp16 with scales
 NAMES = fake_build.mma_parameters()
 ROLES = ["kv_stats", "quantize_kv", "attention"]
 PRECISIONS = (abi.INT8_FP16, abi.INT8_FP8, abi.INT8_INT8)
 IN_BOTH = ("K", "V", "KSum", "VStats", "PartBad", "PartFirst", "seqlen_k", "parts", "part_rows", "v_stats", "k_vec")
 
 
-def run(stub, library, tmp_path, function="sagert_attention", l2=60 << 20, **case):
+def run(stub, library, tmp_path, function="sagert_attention", l2=60 << 20, capability=CAPABILITY, **case):
     """Launches in order, {role: {"grid": ..., parameter name: value, ...}}, and the workspace's size."""
     log = tmp_path / "log"
     log.unlink(missing_ok=True)
@@ -25,7 +26,7 @@ def run(stub, library, tmp_path, function="sagert_attention", l2=60 << 20, **cas
 args = abi.attention_args(**{case!r})
 result = [lib.attention(args, {function!r}), lib.workspace_size(args)[1], lib.error()]
 """
-    status, size, text = stub.run(library, code, log=log, STUB_CAPABILITY=CAPABILITY, STUB_L2=l2)
+    status, size, text = stub.run(library, code, log=log, STUB_CAPABILITY=capability, STUB_L2=l2)
     assert status == abi.OK, text
     launches = {}
     for line in calls(log, "cuLaunchKernelEx"):
@@ -110,6 +111,25 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         assert kv[name] >= end, name
         end = kv[name] + sizes[name]
     assert end <= WORKSPACE + size < end + 256
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "stored"), [(40, 64), (64, 64), (80, 128), (96, 128), (104, 128), (128, 128), (136, 256), (256, 256)]
+)
+def test_scaled_values_stand_in_rows(fake_library, stub, tmp_path, head_dim, stored):
+    """Rows of K8 and of V in fp16 have as many channels as the pre-pass stores: attention multiplies fewer of 96."""
+    case = {"precision": abi.INT8_FP16, "seqlen_k": 1000, "head_dim": head_dim, "capability": SCALED}
+    launches, size = run(stub, fake_library, tmp_path, **case)
+    stats, kv, attend = launches.values()
+    assert (stats["v_stats"], kv["v_jobs"], kv["v_stats"], kv["copy_v"]) == (1, 1, 1, 0)
+    assert attend["V"] == kv["V8"]
+    assert attend["VScale"] == kv["VScale"]
+    assert [attend[name] for name in ("v_sb", "v_sh", "v_ss")] == [4 * 1024 * stored, 1024 * stored, stored]
+    assert kv["VScale"] - kv["V8"] == 2 * 4 * 1024 * stored * 2
+    assert kv["VMean"] - kv["VScale"] == 2 * 4 * stored * 4
+    vectors = head_dim in (64, 96, 128, 256)
+    assert [stats["k_vec"], kv["v_vec"], attend["q_vec"], attend["o_vec"]] == [vectors] * 4
+    assert size > 2 * 4 * 1024 * stored * 3
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -95,6 +95,8 @@ class FakeRow:
     ctas_per_sm: int = 1
     general: bool = False  # of the portable family: masks, windows, packed sequences, head dims up to 256
     combine: bool = False  # the keys of small grids can be split
+    pv: str = ""  # type of V as attention reads it, where the precision does not say
+    head_dims: tuple[int, ...] = (64, 128)
     rank_when: tuple[RankWhen, ...] = ()
 
 
@@ -120,8 +122,9 @@ ROWS = (
     FakeRow("sm110", abi.INT8_FP16, "int8_fp16", 60, 0, 110, 110, family="mma"),
     FakeRow("sm110", abi.INT8_FP8, "int8_fp8", 50, 1, 110, 110, family="mma"),
     FakeRow("sm110", abi.INT8_INT8, "int8_int8", 70, 0, 110, 110, family="mma"),
-    FakeRow("sm89", abi.INT8_FP16, "general_int8_fp16", 200, 0, 89, 89, general=True),
-    FakeRow("sm89", abi.INT8_FP8, "general_int8_fp8", 190, 1, 89, 89, general=True),
+    FakeRow("sm110", abi.INT8_FP16, "half", 60, 0, 111, 111, family="mma", pv="fp16s", head_dims=(64, 96, 128, 256)),
+    FakeRow("sm89", abi.INT8_FP16, "general_int8_fp16", 200, 0, 89, 89, general=True, head_dims=(64, 128, 256)),
+    FakeRow("sm89", abi.INT8_FP8, "general_int8_fp8", 190, 1, 89, 89, general=True, head_dims=(64, 128, 256)),
 )  # fmt: skip
 ABSENCES = ((80, 87, abi.INT8_FP8, "these GPUs have no FP8 tensor cores"),)
 
@@ -156,7 +159,7 @@ def templates(family: str) -> dict[str, dict[str, Any]]:
 
 def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
     """Signature of the kernel of each role, from the family's manifest or from WGMMA_ARGS."""
-    pv = {abi.INT8_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
+    pv = row.pv or {abi.INT8_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
     scale = "bf16" if pv == "i8" else "fp32"
     names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}", "*scale": f"*{scale}", "*$v_scale": f"*{scale}"}
     out = {}
@@ -212,13 +215,13 @@ def build(folder: Path, compiler: list[str]) -> Path:
         rows.append(
             f'{_quote(f"{row.arch}.fake.{row.name}")}, {bundle}, "{row.family}", {row.precision}, {row.accuracy}, '
             f"{row.rank}, {row.low}, {row.high}, {row.driver_min}, {FLAGS | GENERAL_FLAGS * row.general}u, "
-            f"{1 << abi.FP16 | 1 << abi.BF16}u, {256 if row.general else 128}, {int(row.general)}, "
+            f"{1 << abi.FP16 | 1 << abi.BF16}u, {max(row.head_dims)}, {int(row.general)}, "
             f'8388608, 0.02, "{{}}", "{{}}", {len(ranks)}, {len(row.rank_when)}'
         )
         for when in row.rank_when:
             bounds = ", ".join(map(str, (*when.head_dim, *when.seqlen_q, *when.seqlen_k, when.tiles_max)))
             ranks.append(f"{when.rank}, {when.causal}, {bounds}")
-        for head_dim in (64, 128, 256) if row.general else (64, 128):
+        for head_dim in row.head_dims:
             for dtype, dtype_code in DTYPES.items():
                 for causal in (0, 1):
                     uses = dict.fromkeys(ROLES, -1)
