@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from build_tools.errors import ManifestError
-from build_tools.manifest import AXES, LAUNCH, POINTEES, Gates, KernelUse, Manifest, Row, Template, pointee_option
+from build_tools.manifest import Gates, KernelUse, Manifest, Row, Template, pointee_option
+from build_tools.vocabulary import AXES, LAUNCH, POINTEES
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from build_tools.bundle import Bundle
 from build_tools.gates import HIDDEN_PARAMS
-from build_tools.manifest import ACCURACIES, DTYPES, FLAGS, PRECISIONS, ROLES
 from build_tools.toolchain import TOOLKIT
+from build_tools.vocabulary import ACCURACIES, DTYPES, FLAGS, PRECISIONS, ROLES
 
 
 def literal(text: str) -> str:

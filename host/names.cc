@@ -19,6 +19,10 @@ const char* precision_name(int32_t precision) {
       return "int4_fp8";
     case SAGERT_PRECISION_NVFP4:
       return "nvfp4";
+    case SAGERT_PRECISION_INT4_FP16:
+      return "int4_fp16";
+    case SAGERT_PRECISION_INT4_INT8:
+      return "int4_int8";
     default:
       return nullptr;
   }

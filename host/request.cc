@@ -140,7 +140,7 @@ void check_content(const sagert_request& request) {
   }
   if (precision_name(request.precision) == nullptr) {
     fail_argument("precision is ", request.precision, ", which is none of SAGERT_PRECISION_*: 0 (auto) to ",
-                  SAGERT_PRECISION_NVFP4, " (nvfp4)");
+                  SAGERT_PRECISION_INT4_INT8, " (int4_int8)");
   }
   if ((request.flags & ~kAllFlags) != 0) {
     fail_argument("flags is ", request.flags,

@@ -93,7 +93,9 @@ enum {
   SAGERT_PRECISION_INT8_FP8 = 2,
   SAGERT_PRECISION_INT8_INT8 = 3,
   SAGERT_PRECISION_INT4_FP8 = 4,
-  SAGERT_PRECISION_NVFP4 = 5
+  SAGERT_PRECISION_NVFP4 = 5,
+  SAGERT_PRECISION_INT4_FP16 = 6,
+  SAGERT_PRECISION_INT4_INT8 = 7
 };
 
 /* By relative L1 error on N(0, 1) inputs: high at most 0.02, standard at most 0.045, low above. */

@@ -12,6 +12,8 @@ PRECISIONS: dict[str, int] = {
     "int8_int8": 3,
     "int4_fp8": 4,
     "nvfp4": 5,
+    "int4_fp16": 6,
+    "int4_int8": 7,
 }
 PRECISION_NAMES: dict[int, str] = {code: name for name, code in PRECISIONS.items()}
 

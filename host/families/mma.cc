@@ -21,15 +21,17 @@ namespace {
 using tiled::kWord;
 using tiled::Pv;
 
-constexpr int kRoles[] = {kKvStats, kQuantizeKv, kAttention};  // in launch order
-constexpr int64_t kBlock = 64;                                 // keys per block of quantized K and V
-constexpr int64_t kStepKeys = 128;                             // that the pre-pass takes at a time
-constexpr int64_t kStatistics = 4;                             // of a channel of V
-constexpr int64_t kRowStrideMax = int64_t{1} << 24;            // of V that attention reads; other V is copied
+constexpr int kRoles[] = {kKvStats, kQuantizeKv, kQuantizeQ, kAttention};  // in launch order; INT4 alone has the third
+constexpr int64_t kBlock = 64;                                             // keys per block of quantized K and V
+constexpr int64_t kStepKeys = 128;                                         // that the pre-pass takes at a time
+constexpr int64_t kMeans = 16;                       // of blocks of queries, of a thread block of smooth_q
+constexpr int64_t kStatistics = 4;                   // of a channel of V
+constexpr int64_t kRowStrideMax = int64_t{1} << 24;  // of V that attention reads; other V is copied
 
 // What the signatures of a variant's kernels say.
 struct Traits {
   Pv pv = Pv::kFp8;
+  bool int4 = false;   // Q and K
   std::string defect;  // not empty: the build and this file disagree
 };
 
@@ -38,6 +40,8 @@ struct Plan : tiled::Plan {
   int64_t parts = 1, part_rows = kStepKeys;  // of the keys of a head, in the pre-pass
   // Offsets into memory.kv.
   int64_t k_sum = 0, v_statistics = 0, part_bad = 0, part_first = 0;
+  // Of INT4: blocks of queries that share a mean, and offsets into memory.call.
+  int64_t q_blocks = 1, q_block_rows = 1, q_mean = 0, bias = 0;
   // V as attention reads it.
   const void* attend_v = nullptr;
   Strides attend_v_strides{};
@@ -53,6 +57,15 @@ void cut_keys(Plan& plan) {
   plan.parts = std::max(ceil_div(keys, plan.part_rows), int64_t{1});
 }
 
+// As many blocks of queries as leave their products with K no larger than K in 16 bits. Tiles are not divided.
+void cut_queries(Plan& plan, int64_t tile) {
+  constexpr int64_t kProductBytes = 4, kElementBytes = 2;
+  const int64_t blocks_max = std::max(plan.padded_head_dim * kElementBytes / kProductBytes, int64_t{1});
+  plan.q_block_rows = tile;
+  while (ceil_div(plan.args->seqlen_q, plan.q_block_rows) > blocks_max) plan.q_block_rows *= 2;
+  plan.q_blocks = std::max(ceil_div(plan.args->seqlen_q, plan.q_block_rows), int64_t{1});
+}
+
 void place_buffers(Plan& plan) {
   Layout kv;
   Layout call;
@@ -63,13 +76,19 @@ void place_buffers(Plan& plan) {
   plan.v_statistics = kv.reserve(plan.v_stats, parts * kStatistics * d * kWord);
   plan.part_bad = kv.reserve(true, parts * 2 * kWord);
   plan.part_first = kv.reserve(plan.v_stats, parts * 2 * d * kWord);
+  const int64_t means = plan.heads_q_total * plan.q_blocks;
+  plan.q_mean = call.reserve(plan.int4, means * d * 2);
+  plan.bias = call.reserve(plan.int4, means * plan.blocks * kBlock * kWord);
   plan.memory = memory_of(*plan.args, kv, call);
 }
 
 Plan make_plan(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
                const Traits& traits) {
   Plan plan;
-  begin_plan(plan, device, args, variant, traits.pv, kBlock, kKernels[variant.kernels[kAttention]].tile);
+  const int64_t tile = kKernels[variant.kernels[kAttention]].tile;
+  plan.int4 = traits.int4;
+  begin_plan(plan, device, args, variant, traits.pv, kBlock, tile);
+  if (plan.int4) cut_queries(plan, tile);
   plan_v(plan, plan.v_vec && plan.v.s >= 0 && plan.v.s < kRowStrideMax);
   cut_keys(plan);
   place_buffers(plan);
@@ -127,6 +146,33 @@ void pass_attention(Sink& sink, const Plan& plan) {
   sink.i64("v_sh", plan.attend_v_strides.h);
   sink.i64("v_ss", plan.attend_v_strides.s);
   pass_query_strides(sink, plan);
+  sink.pointer("QMean", plan.call_at(plan.q_mean));
+  sink.pointer("Bias", plan.call_at(plan.bias));
+  sink.i32("q_blocks", narrow(plan.q_blocks));
+  sink.i32("q_block_rows", narrow(plan.q_block_rows));
+}
+
+template <typename Sink>
+void pass_smooth_q(Sink& sink, const Plan& plan) {
+  const sagert_attention_args& args = *plan.args;
+  sink.pointer("Q", args.q.data);
+  sink.pointer("K", args.k.data);
+  sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("QMean", plan.call_at(plan.q_mean));
+  sink.pointer("Bias", plan.call_at(plan.bias));
+  sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));
+  sink.i32("seqlen_q", narrow(args.seqlen_q));
+  sink.i32("seqlen_k", narrow(args.seqlen_k));
+  sink.i32("blocks", narrow(plan.blocks));
+  sink.i32("heads_q", narrow(args.heads_q));
+  sink.i32("group", narrow(args.heads_q / args.heads_kv));
+  sink.i32("head_dim", narrow(args.head_dim));
+  sink.i32("q_blocks", narrow(plan.q_blocks));
+  sink.i32("q_block_rows", narrow(plan.q_block_rows));
+  pass_strides(sink, kQStrides, plan.q);
+  pass_strides(sink, kKStrides, plan.k);
+  sink.i32("q_vec", plan.q_vec);
+  sink.i32("k_vec", plan.k_vec);
 }
 
 template <typename Sink>
@@ -136,6 +182,8 @@ void pass(Sink& sink, const Plan& plan, int role) {
       return pass_kv_stats(sink, plan);
     case kQuantizeKv:
       return pass_quantize_kv(sink, plan);
+    case kQuantizeQ:
+      return pass_smooth_q(sink, plan);
     default:
       return pass_attention(sink, plan);
   }
@@ -143,14 +191,21 @@ void pass(Sink& sink, const Plan& plan, int role) {
 
 int64_t blocks_of(const Plan& plan, int role) {
   if (role == kAttention) return plan.tiles * plan.heads_q_total;
+  if (role == kQuantizeQ) return ceil_div(plan.q_blocks, kMeans) * plan.heads_q_total;
   bool with_v = role == kKvStats ? plan.v_stats : plan.v_jobs;
   return plan.heads_kv_total * plan.parts * (with_v ? 2 : 1);
 }
 
 Traits read_traits(const VariantEntry& variant) {
   Traits traits;
+  const int32_t index = variant.kernels[kAttention];
+  traits.int4 = index >= 0 && pointee(kKernels[index].signature, "K8") == "i4";
+  auto is_mine = [&](int role) {
+    return std::find(std::begin(kRoles), std::end(kRoles), role) != std::end(kRoles) &&
+           (role != kQuantizeQ || traits.int4);
+  };
   for (int role = 0; role < kRoleCount; ++role) {
-    bool wanted = std::find(std::begin(kRoles), std::end(kRoles), role) != std::end(kRoles);
+    const bool wanted = is_mine(role);
     if (wanted == (variant.kernels[role] >= 0)) continue;
     traits.defect =
         concat("row ", kRows[variant.row].id, wanted ? " lacks the kernel" : " has a kernel", " of role ", role);
@@ -164,17 +219,20 @@ Traits read_traits(const VariantEntry& variant) {
   plan.args = &args;
   plan.pv = traits.pv;
   for (int role : kRoles) {
+    if (!is_mine(role)) continue;
     const KernelEntry& entry = kKernels[variant.kernels[role]];
     ParameterList list;
     pass(list, plan, role);
-    traits.defect = role == kKvStats ? tiled::defect_of(entry, list) : tiled::defect_of(entry, list, traits.pv);
-    if (traits.defect.empty() && entry.tile % kBlock != 0) {
+    const bool reads_v = role == kQuantizeKv || role == kAttention;
+    traits.defect = reads_v ? tiled::defect_of(entry, list, traits.pv) : tiled::defect_of(entry, list);
+    if (traits.defect.empty() && (entry.tile <= 0 || entry.tile % kBlock != 0)) {
       traits.defect = concat("kernel ", entry.file, " has tile ", entry.tile);
     }
     if (!traits.defect.empty()) return traits;
   }
-  if (tiled::pv_of(kKernels[variant.kernels[kQuantizeKv]], "V8") != traits.pv) {
-    traits.defect = concat("kernel ", attention.file, " does not read V as quantize_kv leaves it");
+  const KernelEntry& quantize_kv = kKernels[variant.kernels[kQuantizeKv]];
+  if (tiled::pv_of(quantize_kv, "V8") != traits.pv || (pointee(quantize_kv.signature, "K8") == "i4") != traits.int4) {
+    traits.defect = concat("kernel ", attention.file, " does not read K and V as quantize_kv leaves them");
   }
   return traits;
 }
@@ -191,7 +249,10 @@ class Mma : public PlannedFamily<Traits, Plan> {
 
   void enqueue(const Driver& driver, const Device& device, Plan& plan, const VariantEntry& variant, const Traits&,
                Phase phase) const override {
-    auto needed = [&](int role) { return (phase & (role == kAttention ? kAttend : kPrepareKv)) != 0; };
+    auto needed = [&](int role) {
+      if (role == kQuantizeQ && !plan.int4) return false;
+      return (phase & (role == kAttention ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+    };
     launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
       KernelParameters parameters;
       pass(parameters, plan, role);

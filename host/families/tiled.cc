@@ -17,6 +17,9 @@ constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V
 // Channels of a head as the pre-passes store them: kernels/common/quantize.cuh.
 int64_t stored_channels(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
+// Bytes of a key's row, as there.
+int64_t k_row_bytes(bool int4, int64_t channels) { return !int4 ? channels : channels <= 128 ? 64 : channels / 2; }
+
 // Query heads whose keys and values stay in half of L2 together, whole groups of them.
 int64_t section_of(const Plan& plan, const Device& device) {
   int64_t l2 = device.l2_bytes > 0 ? device.l2_bytes / 2 : kSectionBytesMax;
@@ -65,7 +68,7 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   int64_t heads = plan.heads_kv_total;
   int64_t blocks = heads * plan.blocks;
   bool quantized_v = plan.pv != Pv::kIo;
-  plan.k8 = kv.reserve(true, blocks * plan.block * d);
+  plan.k8 = kv.reserve(true, blocks * plan.block * k_row_bytes(plan.int4, d));
   plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_shift = kv.reserve(true, heads * d * kWord);

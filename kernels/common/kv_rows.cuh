@@ -17,8 +17,9 @@ constexpr int kHeadDim = stored_channels(HEAD_DIM);
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlock = KEYS;                   // keys
-constexpr int kTileBytes = kBlock * kHeadDim;  // of K8 and of V8
-constexpr int kChunks = kHeadDim / 8;          // 16-byte loads per row
+constexpr int kTileBytes = kBlock * kHeadDim;  // of K8 in INT8, and of V8
+constexpr int kKRowBytes = k_row_bytes(kHeadDim), kKTileBytes = kBlock * kKRowBytes;
+constexpr int kChunks = kHeadDim / 8;  // 16-byte loads per row
 constexpr int kRowsPerPass = kThreads / kChunks;
 constexpr int kKGroups = 4;           // scales of K per block
 constexpr int kNever = 2147483647;    // a key that no query reaches

@@ -91,7 +91,9 @@ __device__ __forceinline__ void find_special_rows(Extrema<4>& extrema, const KTi
 }
 
 __device__ __forceinline__ uint32_t infinity_code(float value) {
-  return fabsf(value) == infinity() ? (value > 0.0f ? 127u : 0x81u) : 0u;
+  return fabsf(value) == infinity()
+             ? (value > 0.0f ? static_cast<uint32_t>(kCodeMax) : -static_cast<uint32_t>(kCodeMax))
+             : 0u;
 }
 
 // Bits of the largest |x - shift| of the warp's rows whose extrema these are.
@@ -115,11 +117,16 @@ __device__ __forceinline__ void write_k_rows(uint8_t* out, int offset, const KTi
 #pragma unroll
       for (int j = 0; j < 8; ++j) q[j] = infinity_code(row_value(tile.x[i], j));
     }
-    uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
-    if (check && special.zero >> i & 1) packed = make_uint2(0, 0);
-    // The swizzle of an odd key: its row is another one of 16 bytes.
-    const int place = kKSingle && i >= kKLoads / 2 ? (offset ^ 16) : offset;
-    *reinterpret_cast<uint2*>(out + place + k_load_key(i) * kHeadDim) = packed;
+    // An odd key's chunks of 16 bytes are swizzled the other way round.
+    const int place = (kKSingle && i >= kKLoads / 2 ? (offset ^ 16) : offset) + k_load_key(i) * kKRowBytes;
+    const bool zero = check && special.zero >> i & 1;
+    if constexpr (kInt4) {
+      *reinterpret_cast<uint32_t*>(out + place) = zero ? 0 : pack_nibbles(q);
+    } else {
+      uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
+      if (zero) packed = make_uint2(0, 0);
+      *reinterpret_cast<uint2*>(out + place) = packed;
+    }
   }
 }
 

@@ -47,6 +47,14 @@ __device__ __forceinline__ uint32_t to_int8(float x, float inverse) {
   return __float_as_uint(fmaf(x, inverse, kRound));
 }
 
+// Low nibbles of eight words, the first lowest.
+__device__ __forceinline__ uint32_t pack_nibbles(const uint32_t (&x)[8]) {
+  uint32_t packed = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) packed |= (x[i] & 15) << 4 * i;
+  return packed;
+}
+
 // Low bytes of four words, the first lowest.
 __device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
@@ -54,6 +62,17 @@ __device__ __forceinline__ uint32_t pack_low_bytes(uint32_t a, uint32_t b, uint3
 
 // Channels of a head as the pre-passes of the tuned families store them.
 constexpr int stored_channels(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+// K, and Q beside it: INT8, or INT4, eight channels to a word, the first lowest. The build says K8's type by argument.
+#if K8_I4
+constexpr bool kInt4 = true;
+#else
+constexpr bool kInt4 = false;
+#endif
+constexpr float kCodeMax = kInt4 ? 7.0f : 127.0f;
+
+// Bytes of a key's row of `channels` stored channels; of INT4 at least 64.
+constexpr int k_row_bytes(int channels) { return !kInt4 ? channels : channels <= 128 ? 64 : channels / 2; }
 
 // Which 16-byte chunk of a row of `row_bytes` (64, or a multiple of 128) the swizzle puts chunk `chunk` of row `row`
 // at.

@@ -15,7 +15,11 @@ struct Copies {
   static __device__ __forceinline__ void begin(const Params& p, Shared& s, const Tile& tile) {
     const int64_t head = tile.head / p.group, block = head * p.blocks;
     s.tile = tile;
-    s.head_k = p.k8 + block * kStep * kHeadDim;
+    s.head_k = p.k8 + block * kKTileBytes;
+    if constexpr (kInt4) {
+      const int64_t queries = static_cast<int64_t>(tile.head) * p.q_blocks + tile.row / p.q_block_rows;
+      s.head_bias = p.bias + queries * p.blocks * kStep;
+    }
     s.head_k_scale = p.k_scale + block * 4;
     if constexpr (kRowsOfV) {
       const int heads_kv = p.heads_q / p.group;
@@ -41,6 +45,7 @@ struct Copies {
       copy_tile<kVTileBytes>(v_tile, v + static_cast<int64_t>(step) * kVTileBytes, inside);
     }
     if constexpr (kV == V::kInt8) copy_v_scale(step, stage, inside);
+    if constexpr (kInt4) copy_bias(step, stage, inside);
   }
 
   template <int bytes>
@@ -68,6 +73,14 @@ struct Copies {
       async_copy16(to + i * kRowsAtATime * kVRowBytes, from, inside);
       from += kRowsAtATime * stride;
       forget(from);  // one addition each, not a product
+    }
+  }
+
+  // What a step's keys have with the mean that was taken off the queries, 16 bytes a thread.
+  __device__ __forceinline__ void copy_bias(int step, int stage, bool inside) const {
+    if (thread < kStep / 4) {
+      const float* from = load_shared_pointer<float>(SAGERT_AT(base, head_bias)) + step * kStep;
+      async_copy16(SAGERT_AT(base, bias) + (stage * kStep + thread * 4) * 4, from + thread * 4, inside);
     }
   }
 

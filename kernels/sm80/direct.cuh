@@ -47,7 +47,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce(k_scale);
+    reduce(stage, k_scale);
     const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) weigh(0, i);

@@ -24,13 +24,15 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 
   // The lane's largest score of row r in the unit of the exponent, rounded up.
   __device__ __forceinline__ float own_highest(int r) const {
+    if constexpr (kInt4) return row_highest(r);
     const int top = row_top(r);
     return top == kMasked ? kLowest : __fmul_ru(__int_as_float(top) - kRound, c[r]);
   }
 
   // Exponents' factors and the bytes' units. All roundings go down, so that no exponent is above log2(255): a byte
   // would carry.
-  __device__ __forceinline__ void reduce_step(float k_scale) {
+  __device__ __forceinline__ void reduce_step(int stage, float k_scale) {
+    if constexpr (kInt4) add_bias(stage, k_scale);
     int t = threadIdx.x;
     forget(t);
     float q_scale[kR], highest[kR], weight[kR];
@@ -38,22 +40,23 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     load_shared(q_scale, SAGERT_AT(rows, q_scale));
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
+      if constexpr (!kInt4) c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
       highest[r] = quad_max(own_highest(r));
     }
     load_shared(b, SAGERT_AT(rows, maximum));
     bool within = true;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      d[r] = __fmaf_rd(-kRound, c[r], __fsub_rd(kLog2PMax, highest[r]));
+      d[r] = __fsub_rd(kLog2PMax, highest[r]);
+      if constexpr (!kInt4) d[r] = __fmaf_rd(-kRound, c[r], d[r]);
       if (highest[r] == kLowest) d[r] = 0.f;  // no key is seen: masked scores are to vanish beside d
       within = within & highest[r] + b[r] <= kLargest;
     }
-    if (__any_sync(~0u, !within | unit() > kCoarse)) {
+    if (__any_sync(~0u, !within | (!kInt4 && unit() > kCoarse))) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_unit(r, highest[r]);
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
-      if (__any_sync(~0u, unit() > kCoarse)) {
+      if (!kInt4 && __any_sync(~0u, unit() > kCoarse)) {
 #pragma unroll
         for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), own_highest(r) - highest[r] + kLog2PMax);
       }
@@ -138,7 +141,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce_step(k_scale);
+    reduce_step(stage, k_scale);
     float weight[kR];
     weigh_all(weight);
     hold();

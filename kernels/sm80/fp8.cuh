@@ -65,7 +65,7 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
     const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce(k_scale);
+    reduce(stage, k_scale);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll

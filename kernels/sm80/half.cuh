@@ -65,7 +65,7 @@ struct HalfWarp : SerialWarp<HalfWarp> {
     const float k_scale = load_k_scale(step);
     multiply_k(stage);
     mask(step);
-    reduce(k_scale);
+    reduce(stage, k_scale);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll

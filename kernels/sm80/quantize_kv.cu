@@ -4,7 +4,7 @@
 // A block takes K or V of one part of a head's keys, as kv_stats.cu has cut it, and goes through it 128 keys at a time,
 // from the last ones down; blocks too come in the opposite order of kv_stats.cu's: what was read last is still in L2.
 // Tiles of kBlock keys are laid out as attention's shared memory has them:
-//   K8 tile [kBlock keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
+//   K8 tile [kBlock keys, bytes of a key]: 16-byte chunk c of row r at r * bytes + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, kBlock keys]: chunk c of channel d at kBlock * d + 16 * (c ^ swizzle(d)), each 16 keys in pair order.
 // INT8 V has scales per tile and channel, in the order that write_scales gives them. fp16 V stays in rows of D.
 #include "integers.cuh"
@@ -64,8 +64,9 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
   float shift[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) shift[i] = s.shift[8 * chunk + i];
-  int row = KTile::first_row();  // of the thread in a step
-  const int offset = row * kHeadDim + 16 * swizzled<kHeadDim>(chunk / 2, row) + 8 * (chunk % 2);
+  int row = KTile::first_row();          // of the thread in a step
+  constexpr int kShare = kInt4 ? 4 : 2;  // chunks of 8 channels in 16 bytes
+  const int offset = row * kKRowBytes + 16 * swizzled<kKRowBytes>(chunk / kShare, row) + 16 / kShare * (chunk % kShare);
 #pragma unroll 1
   for (int step = t.last - 1; step >= t.first; --step) {
     int warp = threadIdx.x / 32;
@@ -87,12 +88,13 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
       const float amax = __uint_as_float(amax_bits);
       if (lane == 0) {
         const int64_t at = (static_cast<int64_t>(bh) * t.blocks + block) * kKGroups + warp % kKGroups;
-        out.scale[at] = fmaxf(amax * (1.0f / 127.0f), kTiny);  // of a group that is zero any: attention wants it small
+        out.scale[at] =
+            fmaxf(amax * (1.0f / kCodeMax), kTiny);  // of a group that is zero any: attention wants it small
         out.bad[at] = static_cast<int>(bad);
       }
-      const float inverse = amax < kTiny ? 0.0f : 127.0f / amax;
+      const float inverse = amax < kTiny ? 0.0f : kCodeMax / amax;
       uint8_t* rows =
-          reinterpret_cast<uint8_t*>(out.k8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kTileBytes;
+          reinterpret_cast<uint8_t*>(out.k8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kKTileBytes;
       write_k_rows<true>(rows, offset, tile, shift, inverse, special);  // to look at every row costs no time here
     }
     forget(row);

@@ -21,6 +21,51 @@ __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* q
   __syncwarp();
 }
 
+// Row r of the tile in INT4, less the mean of its block; else as quantize_row().
+__device__ __forceinline__ float quantize_row_int4(const Params& p, const Tile& tile, const uint16_t* row, bool inside,
+                                                   int quad, int r, QueryFragments& q, int m, int h,
+                                                   const float* shift) {
+  constexpr int kVectors = kQueryParts * 2;  // of 8 channels, that a lane has of a row
+  const int64_t block = static_cast<int64_t>(tile.head) * p.q_blocks + tile.row / p.q_block_rows;
+  const uint16_t* mean = p.q_mean + block * kHeadDim;
+  float x[kVectors][8], amax = 0.f, product = 0.f;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    const int channel = 32 * i + 8 * quad;
+    uint4 raw = make_uint4(0, 0, 0, 0), means = make_uint4(0, 0, 0, 0);
+    if (inside && channel < kChannels) {
+      raw = *reinterpret_cast<const uint4*>(row + channel);
+      means = __ldg(reinterpret_cast<const uint4*>(mean + channel));
+    }
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w}, of_mean[4] = {means.x, means.y, means.z, means.w};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float value = j % 2 ? high_io(words[j / 2]) : low_io(words[j / 2]);
+      x[i][j] = value - (j % 2 ? high_io(of_mean[j / 2]) : low_io(of_mean[j / 2]));
+      amax = fmaxf(amax, fabsf(x[i][j]));
+      finite = finite && fabsf(value) < infinity();
+      if (shift != nullptr) product = fmaf(value, channel < kChannels ? __ldg(shift + channel + j) : 0.f, product);
+    }
+  }
+  finite = __shfl_xor_sync(~0u, finite, 1) && finite;
+  finite = __shfl_xor_sync(~0u, finite, 2) && finite;
+  amax = quad_max(amax);
+  const float inverse = copysignf(finite && amax >= kTiny ? kCodeMax / amax : 0.f, p.scale_log2);
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    uint32_t codes[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) codes[j] = to_int8(x[i][j], inverse);
+    q[m][i / 2][i % 2 * 2 + h] = pack_nibbles(codes);
+  }
+  product = row_sum(product);
+  if (shift != nullptr && quad == 0 && inside) {
+    p.lse[static_cast<int64_t>(tile.head) * p.seqlen_q + tile.row + r] = product * p.scale_log2;
+  }
+  return finite ? amax * (1.f / kCodeMax) * fabsf(p.scale_log2) : nan();
+}
+
 // Row r of the tile, as half h of fragment m. Returns its scale. The LSE needs the queries' product with K's shift,
 // which the scores lack: it waits where the LSE will stand.
 __device__ __forceinline__ float quantize_row(const Params& p, const Tile& tile, const uint16_t* row, bool inside,
@@ -61,7 +106,12 @@ __device__ __forceinline__ void quantize_queries(const Params& p, const Tile& ti
   for (int h = 0; h < 2; ++h) {
     const int r = row + threadIdx.x % 32 / 4 + 8 * h;
     const bool inside = tile.row + r < p.seqlen_q;
-    scale[2 * m + h] = quantize_row(p, tile, queries + 8 * h * stride, inside, threadIdx.x % 4, r, q, m, h, shift);
+    const uint16_t* place = queries + 8 * h * stride;
+    if constexpr (kInt4) {
+      scale[2 * m + h] = quantize_row_int4(p, tile, place, inside, threadIdx.x % 4, r, q, m, h, shift);
+    } else {
+      scale[2 * m + h] = quantize_row(p, tile, place, inside, threadIdx.x % 4, r, q, m, h, shift);
+    }
   }
 }
 

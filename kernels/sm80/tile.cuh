@@ -25,12 +25,15 @@ constexpr int kStep = 64;                     // keys that a warp takes at a tim
 constexpr int kStepTiles = kStep / 8;         // fragments of 8 keys
 constexpr int kChannelTiles = kChannels / 8;  // and of 8 channels
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
-constexpr int kQueryParts = kChannels / 32;  // of 32 channels
+constexpr int kPartChannels = kInt4 ? 64 : 32;  // of an instruction
+constexpr int kQueryParts = (kChannels + kPartChannels - 1) / kPartChannels;
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
 constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
 constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel
-constexpr int kKTileBytes = kStep * kHeadDim;
+constexpr int kKRowBytes = k_row_bytes(kHeadDim), kKTileBytes = kStep * kKRowBytes;
 constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * kStep * kHeadDim;
+
+constexpr int kRingBytes = kStages * (kKTileBytes + kVTileBytes), kStagedBytes = 2 * 16 * kWarps * kChannels;
 
 struct Params {
   const uint16_t* q;
@@ -49,6 +52,10 @@ struct Params {
   int seqlen_q, seqlen_k, blocks, heads_q, group, head_dim, head_dim_v, tiles, heads_total, section;
   int64_t v_sb, v_sh, v_ss, q_sb, q_sh, q_ss, q_sd, o_sb, o_sh, o_ss, o_sd;
   bool q_vec, o_vec, write_lse;
+  // Of INT4: means of blocks of queries, and their products with K in the unit of the exponent.
+  const uint16_t* q_mean;
+  const float* bias;
+  int q_blocks, q_block_rows;
 };
 
 // kRows queries of one head. Steps of keys are visited from the last one down: the causal diagonal comes first.
@@ -78,7 +85,9 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
 struct alignas(128) Shared {
   int8_t k[kStages][kKTileBytes];
   int8_t v[kStages][kVTileBytes];
+  int8_t rest[kStagedBytes > kRingBytes ? kStagedBytes - kRingBytes : 16];  // of queries that wait to be quantized
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
+  float bias[kInt4 ? kStages : 1][kInt4 ? kStep : 4];
   float q_scale[kWarps][8][2 * kM];  // the rows of a lane stand together
   uint4 q[kQueryPartsShared == 0 ? 1 : kQueryPartsShared][kM][kQueryPartsShared == 0 ? 1 : kThreads];
   float maximum[kWarps][8][2 * kM], weight[kV == V::kInt8 ? kWarps : 1][8][2 * kM];
@@ -87,14 +96,12 @@ struct alignas(128) Shared {
   int steps[kWarps];  // that a warp's queries see
   int full[kWarps];   // those that need no mask
   const int8_t *head_k, *head_v;
-  const float* head_k_scale;
+  const float *head_k_scale, *head_bias;
   const VScaleType* head_v_scale;
 };
 // Addresses of what the loop over the keys reads, from the register that holds the address of all.
 #define SAGERT_AT(base, member) \
   ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
 static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
-static_assert(sizeof(Shared::k) + sizeof(Shared::v) >= 2 * 16 * kWarps * kHeadDim,
-              "queries do not fit before the keys come");
 
 }  // namespace sagert

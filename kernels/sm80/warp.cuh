@@ -20,6 +20,8 @@ constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a qu
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : kV == V::kHalf ? 4.f : 0.f;
 constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : kV == V::kHalf ? 8.f : 14.f;
 constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
+constexpr float kLeastScaleInt4 = 1e-18f;   // the same where means' products are added
+constexpr float kUnseen = -1e18f;           // a score in the unit of the exponent below this is masked
 constexpr float kCoarse = 1.f / 64;         // a larger unit of the scores takes the offset of their bits too far
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
 
@@ -70,7 +72,9 @@ struct Warp {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void set_offset(int r) { d[r] = fmaf(-kRound, c[r], b[r]); }
+  __device__ __forceinline__ void set_offset(int r) {
+    d[r] = !kInt4 ? fmaf(-kRound, c[r], b[r]) : b[r] == -kLowest ? 0.f : b[r];
+  }
 
   // Largest exponent's factor of the lane's rows.
   __device__ __forceinline__ float unit() const {
@@ -93,8 +97,74 @@ struct Warp {
     d[r] = 0.f;
   }
 
+  // Scores of INT4 take the unit of the exponent, and what was taken off the queries comes back.
+  __device__ __forceinline__ void add_bias(int stage, float k_scale) {
+    int t = threadIdx.x;
+    forget(t);
+    float q_scale[kR];
+    load_shared(q_scale, SAGERT_AT(base, q_scale) + (t >> 2) * (4 * kR));
+#pragma unroll
+    for (int r = 0; r < kR; ++r) c[r] = fmaxf(q_scale[r] * k_scale, kLeastScaleInt4);
+    const uint32_t place = SAGERT_AT(base, bias) + stage * kStep * 4 + (t & 3) * 8;
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n) {
+      float two[2];
+      load_shared(two, place + n * 32);
+#pragma unroll
+      for (int i = 0; i < 4 * kM; ++i) {
+        int& x = scores[i / 4][n][i % 4];
+        x = __float_as_int(fmaf(__int_as_float(x) - kRound, c[i / 2], two[i % 2]));
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kR; ++r) c[r] = 1.f;
+  }
+
+  // The lane's largest score of row r, when it has the unit of the exponent.
+  __device__ __forceinline__ float row_highest(int r) const {
+    const int m = r / 2, h = r % 2 * 2;
+    float top = __int_as_float(scores[m][0][h]);
+#pragma unroll
+    for (int n = 0; n < kStepTiles; ++n) {
+      top = fmaxf(fmaxf(top, __int_as_float(scores[m][n][h])), __int_as_float(scores[m][n][h + 1]));
+    }
+    return top < kUnseen ? kLowest : top;
+  }
+
+  // As reduce(), when the scores have the unit of the exponent.
+  __device__ __forceinline__ void reduce_biased() {
+    int t = threadIdx.x;
+    forget(t);
+    float x[kR];
+    const uint32_t rows = base + (t >> 2) * (4 * kR);
+    load_shared(b, SAGERT_AT(rows, maximum));
+#pragma unroll
+    for (int r = 0; r < kR; ++r) {
+      set_offset(r);
+      x[r] = row_highest(r);
+    }
+    bool within = true;
+#pragma unroll
+    for (int r = 0; r < kR; ++r) within = within & x[r] + b[r] <= kLargest;
+    if (__any_sync(~0u, !within)) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) advance_maximum(r, x[r]);
+      if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
+      __syncwarp();
+    }
+  }
+
   // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
-  __device__ __forceinline__ void reduce(float k_scale) {
+  __device__ __forceinline__ void reduce(int stage, float k_scale) {
+    if constexpr (kInt4) {
+      add_bias(stage, k_scale);
+      reduce_biased();
+    } else {
+      reduce_integers(k_scale);
+    }
+  }
+
+  __device__ __forceinline__ void reduce_integers(float k_scale) {
     int t = threadIdx.x;
     forget(t);
     float q_scale[kR], x[kR];
@@ -111,7 +181,10 @@ struct Warp {
     for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
     if (__any_sync(~0u, x[0] > kLargest | unit() > kCoarse)) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) advance_maximum(r, row_top(r));
+      for (int r = 0; r < kR; ++r) {
+        const int top = row_top(r);
+        advance_maximum(r, top == kMasked ? kLowest : scaled(r, top));
+      }
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       __syncwarp();
       if (__any_sync(~0u, unit() > kCoarse)) {
@@ -124,9 +197,9 @@ struct Warp {
   // A score in the unit of the exponent, from its bits.
   __device__ __forceinline__ float scaled(int r, int bits) const { return (__int_as_float(bits) - kRound) * c[r]; }
 
-  // `top`: bits of the lane's largest score of row r.
-  __device__ __forceinline__ void advance_maximum(int r, int top) {
-    const float highest = quad_max(top == kMasked ? kLowest : scaled(r, top));
+  // `largest`: of the lane's scores of row r, in the unit of the exponent.
+  __device__ __forceinline__ void advance_maximum(int r, float largest) {
+    const float highest = quad_max(largest);
     const float next = highest + b[r] <= kLargest ? b[r] : __fsub_rd(kAtMaximum, highest);
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
@@ -155,7 +228,7 @@ struct Warp {
   // What this lane gives ldmatrix of the keys and the values of a stage.
   __device__ __forceinline__ uint32_t k_lane(int stage) const {
     const unsigned lane = thread() % 32, key = lane % 8;
-    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kHeadDim + swizzled<kHeadDim>(lane / 8, key) * 16;
+    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kKRowBytes + swizzled<kKRowBytes>(lane / 8, key) * 16;
   }
   __device__ __forceinline__ uint32_t v_lane(int stage) const {
     const unsigned lane = thread() % 32, key = lane % 8;
@@ -217,6 +290,15 @@ struct Warp {
     }
   }
 
+  static __device__ __forceinline__ void multiply(int32_t (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                  const int32_t (&c)[4]) {
+    if constexpr (kInt4) {
+      mma_s4(d, a, b0, b1, c);
+    } else {
+      mma_s8(d, a, b0, b1, c);
+    }
+  }
+
   // Q K^T of a step's keys in `stage`.
   __device__ __forceinline__ void multiply_k(int stage) {
     constexpr int own = kQueryParts - kQueryPartsShared;
@@ -245,7 +327,7 @@ struct Warp {
 
   template <int first, int last>
   __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
-    static_assert(first % 2 == 0, "a load brings 64 channels of 8 keys");
+    static_assert(first % 2 == 0, "a load brings two parts of 8 keys");
     const uint32_t address = k_lane(stage);
     constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
 #pragma unroll
@@ -255,7 +337,7 @@ struct Warp {
         uint32_t fragments[kGroup][4];
 #pragma unroll
         for (int n = 0; n < kGroup; ++n) {
-          load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kHeadDim);
+          load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kKRowBytes);
         }
 #pragma unroll
         for (int i = 0; i < 2 && k + i < last; ++i) {
@@ -267,9 +349,9 @@ struct Warp {
               const uint32_t (&a)[4] = queries[m][k + i];
               int32_t (&d)[4] = scores[m][group + n];
               if (k + i == 0) {
-                mma_s8(d, a, fragments[n][0], fragments[n][1], magic);
+                multiply(d, a, fragments[n][0], fragments[n][1], magic);
               } else {
-                mma_s8(d, a, fragments[n][2 * i], fragments[n][2 * i + 1], d);
+                multiply(d, a, fragments[n][2 * i], fragments[n][2 * i + 1], d);
               }
             }
           }

@@ -11,7 +11,10 @@ import torch
 from tests.kit import abi
 
 DTYPES = {torch.float16: abi.FP16, torch.bfloat16: abi.BF16}
-PRECISIONS = {"int8_fp16": abi.INT8_FP16, "int8_fp8": abi.INT8_FP8, "int8_int8": abi.INT8_INT8}
+PRECISIONS = {
+    "int8_fp16": abi.INT8_FP16, "int8_fp8": abi.INT8_FP8, "int8_int8": abi.INT8_INT8, "int4_fp16": abi.INT4_FP16,
+    "int4_fp8": abi.INT4_FP8, "int4_int8": abi.INT4_INT8,
+}  # fmt: skip
 MARGIN = 4096  # bytes on either side of what kernels may write
 POISON = 0xA5
 _libraries: dict[str, abi.Library] = {}

@@ -16,7 +16,8 @@ from tests.kit import fake_build
 # Rows that are tested, and head dim, dtype and masks of their variants: each head dim and dtype once, to be quick.
 ROWS = {
     "sm80": ["sm80.mma.int8_fp16", "sm80.mma.int8_int8"],
-    "sm89": ["sm89.mma.int8_fp16"],
+    "sm80 int4": ["sm80.mma.int4_fp16", "sm80.mma.int4_int8"],
+    "sm89": ["sm89.mma.int8_fp16", "sm89.mma.int8_fp8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
 }
 CHOSEN = {
@@ -24,6 +25,7 @@ CHOSEN = {
         (128, "fp16", False), (128, "fp16", True), (64, "bf16", False), (64, "bf16", True), (96, "bf16", False),
         (256, "fp16", True),
     },
+    "sm80 int4": {(128, "fp16", False), (64, "bf16", True)},
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
@@ -73,7 +75,7 @@ class Rows:
                 chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
                 return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
-            made = package.build(arch, ROWS[arch], choose, self._cxx, self._folder / arch)
+            made = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
             environment = {name: value for name, value in made.environment().items() if name != "LD_LIBRARY_PATH"}
             self._made[arch] = made, Worker(environment, str(made.driver))
         made, worker = self._made[arch]

@@ -123,8 +123,16 @@ def test_large_scores(rows, precision, dtype, causal, head_dim):
     assert found["near"] <= 2 * cases.NEAR[precision], found
 
 
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("s", "sk"), [(1, 300), (65, 63), (65, 129), (300, 300)])
-def test_sums_in_fp16(rows, s, sk, causal):
+def test_sums_in_fp16(rows, precision, s, sk, causal):
     """Rows of GPUs whose fp16 sums are quicker than fp32 ones: other arithmetic than the reference's."""
-    check(rows, Case("int8_fp16", s, sk, 128, "fp16", causal), "sm89", near=False)
+    check(rows, Case(precision, s, sk, 128, "fp16", causal), "sm89", near=False)
+
+
+@pytest.mark.parametrize("precision", ["int8_fp16", "int8_fp8"])
+def test_sums_in_fp16_stay_finite(rows, precision):
+    """Whatever V is: its scale and P's bound keep 64 products within fp16."""
+    case = Case(precision, 65, 300, 128, "fp16", q_mean=0.0, v_mean=9000.0, factor=0.01)
+    check(rows, case, "sm89", near=False)

@@ -21,6 +21,7 @@ namespace sagert::ptx {
   }
 
 SAGERT_MMA(mma_s8, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", int32_t, "r")
+SAGERT_MMA(mma_s4, "mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32", int32_t, "r")
 SAGERT_MMA(mma_u8s8, "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", int32_t, "r")
 SAGERT_MMA(mma_e4m3, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", float, "f")
 SAGERT_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", float, "f")

@@ -16,7 +16,8 @@ from build_tools import build, expand
 from build_tools.bundle import Bundle
 from build_tools.cache import Cache
 from build_tools.errors import BuildError, ManifestError
-from build_tools.manifest import ROLES, load
+from build_tools.manifest import load
+from build_tools.vocabulary import ROLES
 
 SOURCE = """// SPDX-License-Identifier: Apache-2.0
 #include "mma.cuh"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows with Q and K in INT4, without a GPU, against float64 attention: there is no reference of their arithmetic."""
+
+import math
+
+import pytest
+
+from tests.emulator import cases
+from tests.emulator.cases import Case
+from tests.gpu import gpu_kit
+
+PRECISIONS = ("int4_fp16", "int4_int8")
+LSE_ERROR_MAX = 0.5  # a score in INT4 may be off by so much
+
+
+def run(rows, function, *arguments):
+    return rows.run("sm80 int4", function, *arguments)
+
+
+def check(rows, case):
+    found = run(rows, cases.figures, case)
+    assert found["finite"], "outputs left unwritten or not finite"
+    assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
+    assert found["lse_error"] <= LSE_ERROR_MAX, found
+    return found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
+@pytest.mark.parametrize(("s", "sk"), [(1, 1), (1, 300), (63, 65), (65, 129), (300, 63), (300, 300)])
+def test_lengths(rows, precision, s, sk, head_dim, dtype, causal):
+    check(rows, Case(precision, s, sk, head_dim, dtype, causal, group=1 + s % 3))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [{"head_dim": 100}, {"head_dim": 20, "dtype": "bf16", "causal": True}], ids=str)
+def test_head_dims(rows, precision, shape):
+    check(rows, Case(precision, 130, 200, batch=2, heads_kv=2, **shape))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("memory", ["bshd", "strided_last"])
+def test_memory(rows, precision, memory):
+    check(rows, Case(precision, 129, 129, 64, "bf16", True, 2, 2, memory=memory))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("q_mean", "k_mean"), [(0, 8), (8, 0), (3, 8)])
+def test_means_of_channels_cost_nothing(rows, precision, q_mean, k_mean):
+    """They are taken off before quantization, and their products come back exactly."""
+    plain = check(rows, Case(precision, 300, 300, q_mean=0, k_mean=0))
+    moved = check(rows, Case(precision, 300, 300, q_mean=q_mean, k_mean=k_mean))
+    assert moved["error"] <= 1.1 * plain["error"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_channel_outliers(rows, precision):
+    """Where plain INT4 fails: without K's mean taken off, the cosine falls."""
+    means = {"q_mean": 3.0, "k_mean": 8.0, "v_mean": 2.0}
+    found = run(rows, cases.figures, Case(precision, 300, 300, **means))
+    plain = run(rows, cases.figures, Case(precision, 300, 300, **means, smooth_k=False))
+    assert found["cosine"] >= 0.995 > plain["cosine"], (found, plain)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bits_do_not_depend_on_the_order_of_warps(rows, precision):
+    first, *others = (run(rows, cases.bits, Case(precision, 200, 300, seed=seed)) for seed in range(3))
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_key(rows, precision):
+    out, _ = run(rows, cases.bits, Case(precision, 70, 0, 64, "bf16", causal=True))
+    assert not any(out)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize(("name", "place"), [("q", (0, 1, 64, 0)), ("v", (0, 0, 90, 9))])
+def test_nonfinite(rows, precision, value, name, place):
+    run(rows, cases.placement, Case(precision, 140, 140, 64, "bf16", True), name, [place], value)
