@@ -132,6 +132,28 @@ def test_scaled_values_stand_in_rows(fake_library, stub, tmp_path, head_dim, sto
     assert size > 2 * 4 * 1024 * stored * 3
 
 
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize(("seqlen_q", "rows"), [(1, 128), (8192, 128), (8193, 256), (100000, 2048)])
+def test_int4(fake_library, stub, tmp_path, head_dim, seqlen_q, rows):
+    """Blocks of queries share a mean; their products with K take no more memory than K in 16 bits."""
+    case = {"precision": abi.INT4_FP16, "seqlen_q": seqlen_q, "seqlen_k": 1000, "head_dim": head_dim, "flags": abi.LSE}
+    launches, size = run(stub, fake_library, tmp_path, capability=SCALED, **case)
+    assert list(launches) == ["kv_stats", "quantize_kv", "quantize_q", "attention"]
+    _, kv, smooth, attend = launches.values()
+    stored = {96: 128}.get(head_dim, head_dim)
+    if head_dim == 128:
+        assert smooth["q_block_rows"] == rows
+    assert ceil(seqlen_q, smooth["q_block_rows"]) == smooth["q_blocks"] <= stored // 2
+    assert smooth["q_block_rows"] % 128 == 0
+    assert int(smooth["grid"]) == 16 * ceil(smooth["q_blocks"], 16)
+    for name in ("Q", "QMean", "Bias", "q_blocks", "q_block_rows", "scale_log2", "q_ss", "q_vec", "group", "blocks"):
+        assert smooth[name] == attend[name], name
+    assert (smooth["K"], smooth["KShift"], smooth["k_sh"]) == (kv["K"], kv["KShift"], kv["k_sh"])
+    assert kv["KScale"] - kv["K8"] == 2 * 4 * 1024 * (64 if stored <= 128 else stored // 2)
+    assert smooth["Bias"] - smooth["QMean"] >= 16 * smooth["q_blocks"] * stored * 2
+    assert WORKSPACE + size >= smooth["Bias"] + 16 * smooth["q_blocks"] * 1024 * 4
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_two_steps_are_the_whole(fake_library, stub, tmp_path, precision):
     case = {"precision": precision, "flags": abi.LSE, "head_dim": 100}

@@ -95,6 +95,7 @@ class FakeRow:
     ctas_per_sm: int = 1
     general: bool = False  # of the portable family: masks, windows, packed sequences, head dims up to 256
     combine: bool = False  # the keys of small grids can be split
+    k8: str = "i8"  # type of quantized K, of the mma family
     pv: str = ""  # type of V as attention reads it, where the precision does not say
     head_dims: tuple[int, ...] = (64, 128)
     rank_when: tuple[RankWhen, ...] = ()
@@ -123,6 +124,7 @@ ROWS = (
     FakeRow("sm110", abi.INT8_FP8, "int8_fp8", 50, 1, 110, 110, family="mma"),
     FakeRow("sm110", abi.INT8_INT8, "int8_int8", 70, 0, 110, 110, family="mma"),
     FakeRow("sm110", abi.INT8_FP16, "half", 60, 0, 111, 111, family="mma", pv="fp16s", head_dims=(64, 96, 128, 256)),
+    FakeRow("sm110", abi.INT4_FP16, "int4_fp16", 260, 2, 111, 111, family="mma", k8="i4", head_dims=(64, 96, 128, 256)),
     FakeRow("sm89", abi.INT8_FP16, "general_int8_fp16", 200, 0, 89, 89, general=True, head_dims=(64, 128, 256)),
     FakeRow("sm89", abi.INT8_FP8, "general_int8_fp8", 190, 1, 89, 89, general=True, head_dims=(64, 128, 256)),
 )  # fmt: skip
@@ -159,9 +161,10 @@ def templates(family: str) -> dict[str, dict[str, Any]]:
 
 def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
     """Signature of the kernel of each role, from the family's manifest or from WGMMA_ARGS."""
-    pv = row.pv or {abi.INT8_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
+    pv = row.pv or {abi.INT8_FP16: dtype, abi.INT4_FP16: dtype, abi.INT8_INT8: "i8"}.get(row.precision, "fp8e4nv")
     scale = "bf16" if pv == "i8" else "fp32"
     names = {"*io": f"*{dtype}", "*qk": "*i8", "*pv": f"*{pv}", "*scale": f"*{scale}", "*$v_scale": f"*{scale}"}
+    names["*$k8"] = f"*{row.k8}"
     out = {}
     if row.family == "wgmma":
         for role, args in WGMMA_ARGS.items():
@@ -173,7 +176,8 @@ def signatures(row: FakeRow, dtype: str) -> dict[str, str]:
             out[role] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in pairs)
         return out
     by_id = templates(row.family)
-    wanted = MMA_KERNELS if row.family == "mma" else GENERAL_KERNELS if row.general else PLAIN_KERNELS
+    int4 = ("smooth_q",) if row.k8 == "i4" else ()
+    wanted = (*MMA_KERNELS, *int4) if row.family == "mma" else GENERAL_KERNELS if row.general else PLAIN_KERNELS
     for name in wanted:
         kernel = by_id[f"{row.family}.{name}"]
         out[kernel["role"]] = " ".join(f"{name}:{names.get(kind, kind)}" for name, kind in kernel["args"].items())
