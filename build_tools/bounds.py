@@ -55,11 +55,14 @@ class Entry:
 
     @property
     def keys(self) -> float:
-        """Keys of one turn of the loop, by the multiplications of Q K^T."""
-        products = sum(n * mainloop.multiplications(op) for op, n in self.counts.tensor.items() if mainloop.is_qk(op))
-        if not products:
+        """Keys of one turn of the loop, by the multiplications of Q K^T, which takes whole instructions of channels."""
+        found = [op for op in self.counts.tensor if mainloop.is_qk(op)]
+        if not found:
             raise BuildError(f"{self.name}: no integer Q K^T in its main loop: {', '.join(self.counts.tensor)}")
-        return products / (self.warp_rows * self.head_dim)
+        depth = max(mainloop.depth(op) for op in found)
+        channels = -(-self.head_dim // depth) * depth
+        products = sum(self.counts.tensor[op] * mainloop.multiplications(op) for op in found)
+        return products / (self.warp_rows * channels)
 
     @property
     def turns(self) -> float:

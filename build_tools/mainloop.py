@@ -105,12 +105,22 @@ def is_tensor(instruction: Instruction) -> bool:
     return instruction.base.endswith("MMA")
 
 
-def multiplications(opcode: str) -> int:
-    """M * N * K of a warp's mma.sync: "IMMA.16832.S8.S8" -> 4096. BuildError for other tensor-core instructions."""
+def _tile(opcode: str) -> tuple[int, int, int]:
     shape = _SHAPE.search(opcode)
     if shape is None:
         raise BuildError(f"{opcode}: no mma.sync shape: the table knows 8x8 and 16x8 tiles")
-    return int(shape[1]) * int(shape[2]) * int(shape[3])
+    return int(shape[1]), int(shape[2]), int(shape[3])
+
+
+def multiplications(opcode: str) -> int:
+    """M * N * K of a warp's mma.sync: "IMMA.16832.S8.S8" -> 4096. BuildError for other tensor-core instructions."""
+    m, n, k = _tile(opcode)
+    return m * n * k
+
+
+def depth(opcode: str) -> int:
+    """K of a warp's mma.sync: "IMMA.16832.S8.S8" -> 32. BuildError as of `multiplications`."""
+    return _tile(opcode)[2]
 
 
 def kind(opcode: str) -> str:

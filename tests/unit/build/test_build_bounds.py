@@ -209,6 +209,13 @@ def test_clocks_and_bound() -> None:
     assert "| one | k bf16 | 64 | full | **768** | 512 | 368 | 160 | 192 | 512 | 273 |" in text
 
 
+def test_channels_are_whole_instructions() -> None:
+    """INT4 takes 64 channels at a time: 96 cost as much as 128."""
+    counts = dataclasses.replace(_entry().counts, tensor={"IMMA.16864.S4.S4": 8, "HMMA.16816.F32": 24})
+    assert _entry(head_dim=96, counts=counts).keys == _entry(head_dim=128, counts=counts).keys == 32
+    assert _entry(head_dim=96).keys == pytest.approx(32 * 64 / 96)
+
+
 def test_what_has_no_rate_or_no_product_is_refused() -> None:
     none = Counts({"QMMA.16832.F32.E4M3.E4M3": 1, "IMMA.16832.S8.S8": 1}, {}, {}, 0, 0, 0)
     with pytest.raises(
