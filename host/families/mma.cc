@@ -146,8 +146,9 @@ void pass_attention(Sink& sink, const Plan& plan) {
   sink.i64("v_sh", plan.attend_v_strides.h);
   sink.i64("v_ss", plan.attend_v_strides.s);
   pass_query_strides(sink, plan);
-  sink.pointer("QMean", plan.call_at(plan.q_mean));
-  sink.pointer("Bias", plan.call_at(plan.bias));
+  // Not needed by INT8, and the same address in every form of a call.
+  sink.pointer("QMean", plan.int4 ? plan.call_at(plan.q_mean) : plan.args->workspace);
+  sink.pointer("Bias", plan.int4 ? plan.call_at(plan.bias) : plan.args->workspace);
   sink.i32("q_blocks", narrow(plan.q_blocks));
   sink.i32("q_block_rows", narrow(plan.q_block_rows));
 }

@@ -29,7 +29,7 @@ BAD = [
     ({"dtype": 0}, "dtype is 0"),
     ({"dtype": 9}, "dtype is 9"),
     ({"precision": -1}, "precision is -1"),
-    ({"precision": 6}, "precision is 6"),
+    ({"precision": 8}, "precision is 8"),
     ({"flags": 1 << 10}, "bits that this library does not know: 1024"),
     ({"flags": 1 << 31}, "does not know"),
     ({"flags": abi.MASK}, "mask_dtype is 0"),
