@@ -250,10 +250,7 @@ class Mma : public PlannedFamily<Traits, Plan> {
 
   void enqueue(const Driver& driver, const Device& device, Plan& plan, const VariantEntry& variant, const Traits&,
                Phase phase) const override {
-    auto needed = [&](int role) {
-      if (role == kQuantizeQ && !plan.int4) return false;
-      return (phase & (role == kAttention ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
-    };
+    auto needed = [&](int role) { return in_phase(role, phase) && variant.kernels[role] >= 0; };
     launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
       KernelParameters parameters;
       pass(parameters, plan, role);

@@ -65,6 +65,11 @@ class PlannedFamily : public Family {
   std::vector<Traits> traits_;
 };
 
+// Whether a kernel of that role runs in a phase.
+inline bool in_phase(int role, Phase phase) {
+  return (phase & (role > kQuantizeQ ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
+}
+
 // Calls launch(role, kernel) for the roles that are needed, in their order. All kernels are made ready before the first
 // is launched: a failure leaves nothing half done.
 template <size_t count, typename Needed, typename Launch>

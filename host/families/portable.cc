@@ -274,10 +274,6 @@ Traits read_traits(const VariantEntry& variant) {
   return traits;
 }
 
-bool in_phase(int role, Phase phase) {
-  return (phase & (role > kQuantizeQ ? kAttend : role == kQuantizeQ ? kPrepareQ : kPrepareKv)) != 0;
-}
-
 class Portable : public PlannedFamily<Traits, Plan> {
  public:
   Portable() : PlannedFamily("portable", read_traits) {}

@@ -250,7 +250,8 @@ class Wgmma : public PlannedFamily<Traits, Plan> {
     void* stream = plan.args->stream;
     if (attend && plan.pv == Pv::kIo) encode_v_map(driver, plan);
     auto needed = [&](int role) {
-      return role == kQuantizeKv ? prepass : attend && (role == attention || (role == kCombine && plan.parts > 1));
+      const bool wanted = role == kQuantizeKv || role == attention || (role == kCombine && plan.parts > 1);
+      return wanted && in_phase(role, phase);
     };
     launch_roles(driver, device, variant, kRoles, needed, [&](int role, CUkernel ready) {
       const KernelEntry& kernel = kKernels[variant.kernels[role]];

@@ -27,6 +27,26 @@ struct Copy {
   uint32_t bytes, source_bytes;
 };
 
+// Copies since the last commit, and groups of older ones, the oldest first.
+struct CopyGroups {
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> committed;
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void clear() {
+    open.clear();
+    committed.clear();
+  }
+  // Calls carry_out(group) until at most `groups` are left.
+  template <typename CarryOut>
+  void wait(uint32_t groups, CarryOut carry_out) {
+    for (; committed.size() > groups; committed.pop_front()) carry_out(committed.front());
+  }
+};
+
 // A copy by the copy engine to shared memory: a piece at a time, counted at a barrier.
 struct Transfer {
   std::vector<Copy> pieces;
@@ -48,12 +68,7 @@ struct Lane : Thread {
   uint32_t* words;
   const Shape* shape;
   uint32_t barrier;
-  // Copies since the last commit, and groups of older ones, the oldest first.
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
-  // The same of bulk copies from shared memory.
-  std::vector<Copy> bulk_open;
-  std::deque<std::vector<Copy>> bulk_groups;
+  CopyGroups copies, bulk_stores;
   uint64_t cluster_turn;  // of the cluster's barrier, at which it has arrived
 };
 

@@ -22,28 +22,16 @@ void copy(Thread& t, uint32_t site, uint32_t to, uint64_t from, uint32_t bytes, 
   if (source_bytes > bytes) fail(t, site, "copies more than its size");
   if (from % bytes != 0) fail(t, site, "copies from an address that is not a multiple of its size");
   std::memset(place, 0xff, bytes);
-  lane_of(t).open.push_back({place, reinterpret_cast<const uint8_t*>(from), bytes, source_bytes});
+  lane_of(t).copies.open.push_back({place, reinterpret_cast<const uint8_t*>(from), bytes, source_bytes});
 }
 
-void copy_commit(Thread& t) {
-  Lane& lane = lane_of(t);
-  lane.groups.push_back(std::move(lane.open));
-  lane.open.clear();
-}
+void copy_commit(Thread& t) { lane_of(t).copies.commit(); }
 
-void copy_wait(Thread& t, uint32_t groups) {
-  Lane& lane = lane_of(t);
-  while (lane.groups.size() > groups) {
-    carry_out(lane.groups.front());
-    lane.groups.pop_front();
-  }
-}
+void copy_wait(Thread& t, uint32_t groups) { lane_of(t).copies.wait(groups, carry_out); }
 
 void copy_wait_all(Thread& t) {
-  Lane& lane = lane_of(t);
+  copy_commit(t);
   copy_wait(t, 0);
-  carry_out(lane.open);
-  lane.open.clear();
 }
 
 uint8_t* remote(Thread& t, uint32_t site, uint32_t address, uint32_t bytes) {

@@ -114,22 +114,12 @@ void finish_transfer(Cluster& cluster) {
 void bulk_store(Thread& t, uint32_t site, uint64_t to, uint32_t from, uint32_t bytes) {
   const uint8_t* place = region(t, site, from, bytes);
   if (to % 16 != 0) fail(t, site, "a bulk copy to an address that is not a multiple of 16");
-  lane_of(t).bulk_open.push_back({reinterpret_cast<uint8_t*>(to), place, bytes, bytes});
+  lane_of(t).bulk_stores.open.push_back({reinterpret_cast<uint8_t*>(to), place, bytes, bytes});
 }
 
-void bulk_commit(Thread& t) {
-  Lane& lane = lane_of(t);
-  lane.bulk_groups.push_back(std::move(lane.bulk_open));
-  lane.bulk_open.clear();
-}
+void bulk_commit(Thread& t) { lane_of(t).bulk_stores.commit(); }
 
-void bulk_wait(Thread& t, uint32_t groups) {
-  Lane& lane = lane_of(t);
-  while (lane.bulk_groups.size() > groups) {
-    copy_pieces(lane.bulk_groups.front());
-    lane.bulk_groups.pop_front();
-  }
-}
+void bulk_wait(Thread& t, uint32_t groups) { lane_of(t).bulk_stores.wait(groups, copy_pieces); }
 
 namespace {
 
@@ -164,8 +154,8 @@ void cluster_wait(Thread& t, uint32_t site) {
 }
 
 void leave(Lane& lane) {
-  for (const auto& group : lane.bulk_groups) copy_pieces(group);
-  copy_pieces(lane.bulk_open);
+  lane.bulk_stores.commit();
+  lane.bulk_stores.wait(0, copy_pieces);
   if (lane.block->cluster->cluster_arrived != 0) turn_cluster(*lane.block->cluster);
 }
 

@@ -102,10 +102,8 @@ void Cluster::prepare(uint64_t first) {
       t.services = &kServices;
       lane.block = &block;
       lane.state = State::kReady;
-      lane.open.clear();
-      lane.groups.clear();
-      lane.bulk_open.clear();
-      lane.bulk_groups.clear();
+      lane.copies.clear();
+      lane.bulk_stores.clear();
       lane.fiber.start(run_lane, &lane);
     }
   }
