@@ -240,8 +240,9 @@ __device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, co
   }
 }
 
-// Copies rows [row, end) of a head, padding them with zeros.
-__device__ __forceinline__ void copy_rows(const Input& in, int row, int end, VOut* out) {
+// Writes rows [row, end) of a head as convert(four words of a row, row) makes them; rows beyond the keys are zeros.
+template <typename Convert>
+__device__ __forceinline__ void write_rows(const Input& in, int row, int end, VOut* out, Convert convert) {
   constexpr int kLoads = 4;
   int channel = 8 * (threadIdx.x % kChunks);
 #pragma unroll 1
@@ -253,8 +254,14 @@ __device__ __forceinline__ void copy_rows(const Input& in, int row, int end, VOu
       // A run is a multiple of kBlock rows.
       if (kBlock % (kLoads * kRowsPerPass) != 0 && r + i * kRowsPerPass >= end) break;
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(r + i * kRowsPerPass) * kHeadDim + channel) =
-          make_uint4(x[i][0], x[i][1], x[i][2], x[i][3]);
+          convert(x[i], r + i * kRowsPerPass);
     }
   }
 }
+
+// Copies rows [row, end) of a head, padding them with zeros.
+__device__ __forceinline__ void copy_rows(const Input& in, int row, int end, VOut* out) {
+  write_rows(in, row, end, out, [](const uint32_t (&x)[4], int) { return make_uint4(x[0], x[1], x[2], x[3]); });
+}
+
 }  // namespace sagert

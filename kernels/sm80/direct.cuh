@@ -19,12 +19,8 @@ struct DirectWarp : SerialWarp<DirectWarp> {
   // Weights of pair `i` of a chunk: what becomes register i % 4 of its A fragment.
   __device__ __forceinline__ void weigh(int chunk, int i) {
     const int m = i / 4, a = i % 4, r = 2 * m + a % 2;
-    const int32_t* x = &scores[m][2 * chunk + a / 2][a % 2 * 2];
-    const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
-    const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
-    sum[r] += first;
-    sum[r] += second;
-    weights[chunk][m][a] = to_io2(first, second);
+    const float2 two = weigh_two(r, &scores[m][2 * chunk + a / 2][a % 2 * 2]);
+    weights[chunk][m][a] = to_io2(two.x, two.y);
   }
 
   // Values of 16 channels and a chunk of keys.

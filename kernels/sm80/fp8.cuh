@@ -23,12 +23,8 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
     uint16_t pairs[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const int32_t* x = &scores[m][4 * part + i / 2 * 2 + n][i % 2 * 2];
-      const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
-      const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
-      sum[r] += first;
-      sum[r] += second;
-      pairs[n] = to_e4m3x2(first, second);
+      const float2 two = weigh_two(r, &scores[m][4 * part + i / 2 * 2 + n][i % 2 * 2]);
+      pairs[n] = to_e4m3x2(two.x, two.y);
     }
     weights[part][m][i] = pack_halves(pairs[0], pairs[1]);
   }
@@ -46,10 +42,7 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
         mma_e4m3_half(products, weights[0][m], fragments[0], fragments[1], zero);
         mma_e4m3_half(products, weights[1][m], fragments[2], fragments[3], products);
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          o[m][j][2 * h] += from_fp16(static_cast<uint16_t>(products[h]));
-          o[m][j][2 * h + 1] += from_fp16(static_cast<uint16_t>(products[h] >> 16));
-        }
+        for (int h = 0; h < 2; ++h) add_halves(&o[m][j][2 * h], products[h]);
       } else {
         float products[4];
         constexpr float zero[4] = {0.f, 0.f, 0.f, 0.f};

@@ -18,12 +18,8 @@ struct HalfWarp : SerialWarp<HalfWarp> {
   // Register `a` of the A fragment of a chunk.
   __device__ __forceinline__ void weigh(int chunk, int m, int a) {
     const int r = 2 * m + a % 2;
-    const int32_t* x = &scores[m][2 * chunk + a / 2][a % 2 * 2];
-    const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
-    const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
-    sum[r] += first;
-    sum[r] += second;
-    weights[chunk][m][a] = to_fp16x2(first, second);
+    const float2 two = weigh_two(r, &scores[m][2 * chunk + a / 2][a % 2 * 2]);
+    weights[chunk][m][a] = to_fp16x2(two.x, two.y);
   }
 
   // Adds the products of 16 channels to O.
@@ -52,11 +48,7 @@ struct HalfWarp : SerialWarp<HalfWarp> {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float* x = &o[m][2 * unit + i][2 * h];
-          x[0] += from_fp16(static_cast<uint16_t>(products[m][i][h]));
-          x[1] += from_fp16(static_cast<uint16_t>(products[m][i][h] >> 16));
-        }
+        for (int h = 0; h < 2; ++h) add_halves(&o[m][2 * unit + i][2 * h], products[m][i][h]);
       }
     }
   }

@@ -171,31 +171,21 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
 
 // Rows [row, end) of V in fp16, 0 where there is no finite value.
 __device__ __forceinline__ void scale_v(const Shared& s, const Input& in, int row, int end, VOut* out) {
-  constexpr int kLoads = 4;
   const int channel = 8 * (threadIdx.x % kChunks);
   float shift[8], inverse[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) shift[j] = s.shift[channel + j], inverse[j] = s.inverse[channel + j];
-#pragma unroll 1
-  for (int r = row + threadIdx.x / kChunks; r < end; r += kLoads * kRowsPerPass) {
-    uint32_t x[kLoads][4];
-    load_rows(x, in, r, kRowsPerPass, channel);
+  write_rows(in, row, end, out, [&](const uint32_t (&x)[4], int at) {
+    uint32_t y[4];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int at = r + i * kRowsPerPass;
-      if (at >= end) break;
-      uint32_t y[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        auto scaled = [&](float value, int e) {
-          return at < in.rows && is_finite(value) ? (value - shift[e]) * inverse[e] : 0.0f;
-        };
-        y[j] = to_fp16x2(scaled(low_io(x[i][j]), 2 * j), scaled(high_io(x[i][j]), 2 * j + 1));
-      }
-      *reinterpret_cast<uint4*>(out + static_cast<int64_t>(at) * kHeadDim + channel) =
-          make_uint4(y[0], y[1], y[2], y[3]);
+    for (int j = 0; j < 4; ++j) {
+      auto scaled = [&](float value, int e) {
+        return at < in.rows && is_finite(value) ? (value - shift[e]) * inverse[e] : 0.0f;
+      };
+      y[j] = to_fp16x2(scaled(low_io(x[j]), 2 * j), scaled(high_io(x[j]), 2 * j + 1));
     }
-  }
+    return make_uint4(y[0], y[1], y[2], y[3]);
+  });
 }
 
 // The smallest power of two not below x, which is positive.

@@ -377,6 +377,21 @@ struct Warp {
     return top;
   }
 
+  // Weights of two neighbouring keys of row r, which join the row's sum.
+  __device__ __forceinline__ float2 weigh_two(int r, const int32_t* x) {
+    const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
+    const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
+    sum[r] += first;
+    sum[r] += second;
+    return {first, second};
+  }
+
+  // Adds a pair of sums in fp16 to two neighbouring channels of O.
+  static __device__ __forceinline__ void add_halves(float* x, uint32_t pair) {
+    x[0] += from_fp16(static_cast<uint16_t>(pair));
+    x[1] += from_fp16(static_cast<uint16_t>(pair >> 16));
+  }
+
   // Masks the lane's row r in a step that holds the end of the keys, the causal diagonal, or bad keys. The score of a
   // visible bad key is -inf, or +inf or NaN: that ends the row.
   __device__ __forceinline__ void mask_row(int r, int step, uint32_t bad) {
