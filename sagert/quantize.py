@@ -51,10 +51,10 @@ def q_means(q: Tensor) -> Tensor:
     while -(-length // block) > (32 if d <= 64 else 64):
         block *= 2
     clean = torch.where(q.isfinite(), q, 0.0).float()
-    blocks = torch.nn.functional.pad(clean, (0, 0, 0, -length % block)).unflatten(-2, (-1, block))
+    blocks = torch.nn.functional.pad(clean, (0, 0, 0, -length % block)).reshape(*q.shape[:-2], -1, block, d)
     count = (length - torch.arange(0, blocks.shape[-3] * block, block, device=q.device)).clamp(max=block)
     mean = (blocks.sum(-2, keepdim=True) / count[:, None, None]).to(q.dtype).float()
-    return mean.expand(blocks.shape).flatten(-3, -2)[..., :length, :]
+    return mean.expand(blocks.shape).reshape(*q.shape[:-2], -1, d)[..., :length, :]
 
 
 def quantize_key_groups(k: Tensor, block: int = 128, largest: float = 127.0) -> tuple[Tensor, Tensor]:

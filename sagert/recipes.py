@@ -151,7 +151,7 @@ def quantize_queries(q: Tensor, scale: float, recipe: Recipe, length: int) -> Qu
         return Queries(*quantize_rows(q.float() * factor, math.nan), None)
     qf, mean = q.float(), None
     if recipe.qk == "int4":
-        means = q_means(q.unflatten(1, (-1, length))).flatten(1, 2)
+        means = q_means(q.reshape(q.shape[0], -1, length, q.shape[2])).reshape(q.shape)
         qf, mean = qf - means, means * factor
     values, row = quantize_rows(qf, math.nan, CODES[recipe.qk])
     return Queries(torch.copysign(torch.ones_like(factor), factor) * values, row * factor.abs(), mean)

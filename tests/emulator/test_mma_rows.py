@@ -21,7 +21,7 @@ def check(rows, case, arch="sm80", near=True):
         assert found["near"] <= cases.NEAR[case.precision], found
         assert found["near_lse"] <= cases.NEAR_LSE, found
     assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
-    assert found["lse_error"] <= gpu_kit.LSE_ERROR_MAX, found
+    assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
 
 
 def variants():
