@@ -3,7 +3,8 @@
 
 It follows the paper (arXiv 2411.10958) and the defaults of the package's 8-bit path on Hopper: what is quantized, by
 which groups, with which rounding, and how often sums leave the tensor core. It is not the package: its figures are
-close to the package's, not equal to them.
+close to the package's, not equal to them. Sums in fp16 are those of SageAttention2++ (arXiv 2505.21136), whose V
+reaches 2.25 instead of 448: small values of V are then subnormal numbers of e4m3.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ STEP = 32  # keys the tensor core's FP8 accumulator takes at a time
 WARP_ROWS = 16
 LOG2E = math.log2(math.e)
 P_OFFSET = 8.807  # log2 of the scale of P, just below e4m3's largest value 448
+HALF_KEYS = 64  # whose products are summed in fp16, an instruction's STEP after the other
+V_MAX, V_MAX_HALF = 448.0, 2.25
 
 
 def to_int8(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +56,28 @@ def truncating_matmul(p: Tensor, v: Tensor, bits: int) -> Tensor:
     return total
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bits: int | None = 14) -> Tensor:
+def half_matmul(p: Tensor, v: Tensor) -> Tensor:
+    """`p` ``[N, S, K]`` times `v` ``[N, K, D]``, fp32: sums of HALF_KEYS products in fp16, added in fp32."""
+    total = p.new_zeros(*p.shape[:2], v.shape[2])
+    for start in range(0, p.shape[2], HALF_KEYS):
+        part = torch.zeros_like(total)
+        for step in range(start, min(start + HALF_KEYS, p.shape[2]), STEP):
+            keys = slice(step, min(step + STEP, start + HALF_KEYS))
+            part = (part + p[:, :, keys] @ v[:, keys]).to(torch.float16).float()
+        total += part
+    return total
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bits: int | None = 14, half_sums: bool = False
+) -> Tensor:
     """The recipe's output.
 
     Args:
         q, k, v: ``[B, H, S, D]`` and twice ``[B, Hk, Sk, D]``, fp16 or bf16; no channel of `v` all zero.
         is_causal: whether query i sees keys 0 to i only.
         bits: that the tensor core's accumulator keeps in P V (it goes to fp32 after every 128 keys); None: all.
+        half_sums: whether P V is summed in fp16 instead, as SageAttention2++ does; `bits` does not matter then.
 
     Returns:
         ``[B, H, S, D]`` in q's dtype.
@@ -71,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bits:
     qf, kf, vf = (x.reshape(batch * heads, -1, d).float() for x in (q, k, v))
     q8, q_scale = to_int8(qf, thread_groups(length, q.device)[0])
     k8, k_scale = to_int8(kf, thread_groups(kf.shape[1], q.device)[1])
-    v_scale = vf.abs().amax(1, keepdim=True) / 448.0
+    v_scale = vf.abs().amax(1, keepdim=True) / (V_MAX_HALF if half_sums else V_MAX)
     v8 = (vf / v_scale).to(torch.float8_e4m3fn).float()
     q_scale = q_scale * (d**-0.5 * LOG2E)
 
@@ -89,6 +107,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, bits:
         p = torch.exp2(scores - m_new + P_OFFSET)
         total = total * alpha + p.sum(-1, keepdim=True)
         p8 = p.to(torch.float8_e4m3fn).float()
-        acc = acc * alpha + (p8 @ v8[:, keys] if bits is None else truncating_matmul(p8, v8[:, keys], bits))
+        if half_sums:
+            products = half_matmul(p8, v8[:, keys])
+        else:
+            products = p8 @ v8[:, keys] if bits is None else truncating_matmul(p8, v8[:, keys], bits)
+        acc = acc * alpha + products
         m = m_new
     return (acc / total * v_scale).reshape(q.shape).to(q.dtype)

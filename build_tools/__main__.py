@@ -114,7 +114,7 @@ def _bounds(args: argparse.Namespace) -> None:
     from build_tools.cache import Cache, default_folder
 
     gpus = bounds.load_gpus()
-    names = {gpu.arch for gpu in gpus}
+    names = {arch for gpu in gpus for arch in gpu.archs}
     chosen = [plan for plan in plans(args.kernels, args.arch, args.row, True) if plan.manifest.arch.name in names]
     rows = frozenset(row.id for plan in plans(args.kernels, [], [], True) for row in plan.rows)
     entries = bounds.of_rows(chosen, args.kernels, Cache(args.cache or default_folder()), args.jobs)

@@ -31,7 +31,7 @@ class Gpu:
     """Published rates of a GPU; see gpus.toml."""
 
     name: str
-    arch: str
+    archs: tuple[str, ...]  # whose cubins it runs
     source: str
     sms: int
     clock_mhz: int
@@ -106,7 +106,7 @@ class Entry:
                     "clocks": {name: round(value, 1) for name, value in self.clocks(gpu).items()},
                     "bound_tflops": round(self.bound(gpu), 1),
                 }
-                for gpu in gpus if gpu.arch == self.arch
+                for gpu in gpus if self.arch in gpu.archs
             },
         }  # fmt: skip
 
@@ -118,12 +118,13 @@ def load_gpus(path: Path = GPUS) -> list[Gpu]:
     found = []
     for data in root.tables("gpu"):
         table = Table(data, f"{path.name}: gpu {data.get('name', '?')!r}")
-        name, arch, source = (table.take(key, str) for key in ("name", "arch", "source"))
+        name, source = (table.take(key, str) for key in ("name", "source"))
+        archs = table.strings("archs")
         sms, clock, issue, shared = (table.at_least(key, 1) for key in ("sms", "clock_mhz", "issue", "shared"))
         lanes = {key: table.at_least(key, 1) for key in ("fma", "alu", "xu")}
         tensor: dict[str, int] = table.take("tensor", dict)
         table.finish()
-        found.append(Gpu(name, arch, source, sms, clock, lanes, issue, shared, tensor))
+        found.append(Gpu(name, archs, source, sms, clock, lanes, issue, shared, tensor))
     root.finish()
     return found
 
@@ -198,7 +199,7 @@ def to_json(entries: list[Entry], gpus: list[Gpu]) -> dict[str, Any]:
 
 
 def markdown(entries: list[Entry], gpus: list[Gpu]) -> str:
-    """Two tables: counts of a block, and clocks and bounds on the GPUs of each entry's architecture."""
+    """Two tables: counts of a block, and clocks and bounds on the GPUs that run each entry's architecture."""
     head = ("kernel", "for", "D", "mask", "tensor-core instructions", "XU (of them I2F)", "ALU", "FMA", "all issued",
             "shared read, written", "barriers")  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
@@ -215,7 +216,7 @@ def markdown(entries: list[Entry], gpus: list[Gpu]) -> str:
     lines += ["", _line(("GPU", "kernel", "D", "mask", *RESOURCES, "TFLOP/s at most")), _line(["---"] * 11)]
     for gpu in gpus:
         for entry in entries:
-            if entry.arch == gpu.arch:
+            if entry.arch in gpu.archs:
                 clocks = entry.clocks(gpu)
                 largest = max(clocks.values())
                 shown = [f"**{value:.0f}**" if value == largest else f"{value:.0f}" for value in clocks.values()]

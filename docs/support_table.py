@@ -30,6 +30,22 @@ def manifests() -> list[dict[str, Any]]:
     return sorted(found, key=lambda m: [tuple(map(int, c.split("."))) for c in m["arch"]["runs_on"]])
 
 
+def serving(arch: dict[str, Any], all_of_them: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that serve all devices of an architecture: its own, and others' whose cubins run there too."""
+
+    def numbers(runs_on: list[str]) -> list[tuple[int, ...]]:
+        return [tuple(map(int, capability.split("."))) for capability in runs_on]
+
+    low, high = numbers(arch["runs_on"])
+    found = []
+    for manifest in all_of_them:
+        for row in manifest["row"]:
+            first, last = numbers(row.get("runs_on", manifest["arch"]["runs_on"]))
+            if first <= low and high <= last:
+                found.append(row)
+    return found
+
+
 def capabilities(arch: dict[str, Any]) -> str:
     low, high = arch["runs_on"]
     return low if low == high else f"{low} to {high}"
@@ -56,7 +72,8 @@ def render() -> str:
     absences: dict[str, list[str]] = {}
     for manifest in all_of_them:
         arch = manifest["arch"]
-        cells = [cell([r for r in manifest.get("row", []) if r["precision"] == p]) for p in precisions]
+        rows = serving(arch, all_of_them)
+        cells = [cell([r for r in rows if r["precision"] == p]) for p in precisions]
         driver = f"{arch['driver_min'] // 1000}.{arch['driver_min'] % 1000 // 10}"
         lines.append(f"| {arch['name']} | {capabilities(arch)} | {driver} | " + " | ".join(cells) + " |")
         for absent in manifest.get("absent", []):

@@ -23,6 +23,12 @@ def _reference() -> ModuleType:
     return reference
 
 
+def _reference_kv() -> ModuleType:
+    from sagert import reference_kv
+
+    return reference_kv
+
+
 def precision_name(precision: int) -> str:
     """The precision that a number means on the CPU."""
     name = codes.PRECISION_NAMES.get(precision, str(precision))
@@ -36,7 +42,7 @@ def _refusal(precision: int, *tensors: Tensor | None) -> str | None:
     given = [t for t in tensors if t is not None]
     if name not in reference.PRECISIONS:
         accepted = ", ".join(repr(p) for p in reference.PRECISIONS)
-        return f"precision={name!r} on the CPU: no kernel row and no reference yet; use one of {accepted}"
+        return f"precision={name!r} on the CPU: the reference of CPU tensors has no such recipe; use one of {accepted}"
     if given[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"q has dtype {given[0].dtype}: cast to torch.float16 or torch.bfloat16 (fp32 is computed through bf16)"
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
@@ -146,7 +152,7 @@ def attention_kv(
     del row  # there is one recipe here
 
     def run() -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _reference().attend(
+        result: tuple[Tensor, Tensor] = _reference_kv().attend(
             _narrow(q)[0], data, v, heads_kv, seqlen_k, head_dim_v,
             precision=precision_name(options.precision), seen=options.pattern, scale=options.scale, attn_mask=mask,
         )  # fmt: skip
@@ -162,11 +168,11 @@ def kv_plan(k: Tensor, v: Tensor, precision: int) -> tuple[int, int, bool]:
         raise UnsupportedError(reason)
     b, h, s, d = k.shape
     name = precision_name(precision)
-    return _reference().kv_bytes(b, h, s, d, v.shape[3], name), NO_ROW, name == "int8_fp16"
+    return _reference_kv().kv_bytes(b, h, s, d, v.shape[3], name), NO_ROW, name == "int8_fp16"
 
 
 def quantize_kv(k: Tensor, v: Tensor, precision: int, smooth_k: bool, row: int, size: int) -> Tensor:
     """As launch.quantize_kv."""
     del row, size
-    data: Tensor = _reference().quantize_kv(*_narrow(k, v), precision=precision_name(precision), smooth_k=smooth_k)
+    data: Tensor = _reference_kv().quantize_kv(*_narrow(k, v), precision=precision_name(precision), smooth_k=smooth_k)
     return data

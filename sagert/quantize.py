@@ -19,11 +19,11 @@ def k_shift(k: Tensor) -> Tensor:
     return torch.where(shift.isfinite(), shift, 0.0)
 
 
-def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
-    """INT8 values of x [..., D], held in fp32, and one scale per row [..., 1].
+def quantize_rows(x: Tensor, inf_scale: float, largest: float = 127.0) -> tuple[Tensor, Tensor]:
+    """Integers up to `largest` for x [..., D], held in fp32, and one scale per row [..., 1].
 
-    x is close to values * scale; rounding is half to even. A row without NaN that holds infinities becomes +-127 at
-    them with scale `inf_scale`; a row with a NaN becomes zeros with scale NaN.
+    x is close to values * scale; rounding is half to even. A row without NaN that holds infinities becomes +-`largest`
+    at them with scale `inf_scale`; a row with a NaN becomes zeros with scale NaN.
     """
     finite = x.isfinite()
     bad = ~finite.all(-1, keepdim=True)
@@ -31,17 +31,34 @@ def quantize_rows(x: Tensor, inf_scale: float) -> tuple[Tensor, Tensor]:
     clean = torch.where(finite, x, 0.0)
     amax = clean.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     zero = amax < TINY
-    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, amax))
+    inverse = torch.where(zero, 0.0, largest / torch.where(zero, 1.0, amax))
     values = torch.round(clean * inverse)
-    at_infinities = torch.where(finite, 0.0, 127.0 * torch.sign(torch.where(nan, 0.0, x)))
+    at_infinities = torch.where(finite, 0.0, largest * torch.sign(torch.where(nan, 0.0, x)))
     values = torch.where(bad, torch.where(nan, 0.0, at_infinities), values)
-    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
+    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
     scale = torch.where(bad, torch.where(nan, math.nan, inf_scale), scale)
     return values, scale
 
 
-def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """INT8 values of finite k [N, Sk, D], held in fp32, and the scale of each key's group [N, Sk, 1].
+def q_means(q: Tensor) -> Tensor:
+    """What INT4 takes off each query of q [..., S, D], fp16 or bf16: the mean of its block, fp32 of q's shape.
+
+    Blocks have 128 queries, or as many times 2 as leave 32 of them where D is at most 64, else 64. Entries that are not
+    finite count as 0; the mean is rounded to q's type.
+    """
+    length, d = q.shape[-2:]
+    block = 128
+    while -(-length // block) > (32 if d <= 64 else 64):
+        block *= 2
+    clean = torch.where(q.isfinite(), q, 0.0).float()
+    blocks = torch.nn.functional.pad(clean, (0, 0, 0, -length % block)).reshape(*q.shape[:-2], -1, block, d)
+    count = (length - torch.arange(0, blocks.shape[-3] * block, block, device=q.device)).clamp(max=block)
+    mean = (blocks.sum(-2, keepdim=True) / count[:, None, None]).to(q.dtype).float()
+    return mean.expand(blocks.shape).reshape(*q.shape[:-2], -1, d)[..., :length, :]
+
+
+def quantize_key_groups(k: Tensor, block: int = 128, largest: float = 127.0) -> tuple[Tensor, Tensor]:
+    """Integers up to `largest` for finite k [N, Sk, D], held in fp32, and the scale of each key's group [N, Sk, 1].
 
     A group is the quarter of a block's keys that one lane of the tensor core's fragment holds: (key % 8) // 2 is equal.
     """
@@ -50,8 +67,8 @@ def quantize_key_groups(k: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     groups = padded.reshape(n, -1, block // 8, 4, 2, d)
     amax = groups.abs().amax((2, 4, 5), keepdim=True)
     zero = amax < TINY
-    inverse = torch.where(zero, 0.0, 127.0 / torch.where(zero, 1.0, amax))
-    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / 127.0, dtype=torch.float32))
+    inverse = torch.where(zero, 0.0, largest / torch.where(zero, 1.0, amax))
+    scale = torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
     values = torch.round(groups * inverse).reshape(n, -1, d)[:, :keys]
     return values, scale.expand(*groups.shape[:-1], 1).reshape(n, -1, 1)[:, :keys]
 
@@ -64,14 +81,23 @@ def v_mean(v: Tensor) -> Tensor:
     return torch.where(mean.square() >= 0.25 * variance, mean, 0.0)
 
 
-def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 values of v [N, Sk, Dv], held in fp32 with non-finite entries as 0, and one scale per channel [N, 1, Dv]."""
+def quantize_v_fp8(v: Tensor, largest: float = 448.0) -> tuple[Tensor, Tensor]:
+    """e4m3 values up to `largest` of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv]."""
     clean = torch.where(v.isfinite(), v, 0.0)
     amax = clean.abs().amax(1, keepdim=True)
     zero = amax < TINY
-    inverse = torch.where(zero, 0.0, 448.0 / torch.where(zero, 1.0, amax))
-    values = (clean * inverse).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
-    return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / 448.0, dtype=torch.float32))
+    inverse = torch.where(zero, 0.0, largest / torch.where(zero, 1.0, amax))
+    values = (clean * inverse).clamp(-largest, largest).to(torch.float8_e4m3fn).float()
+    return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
+
+
+def quantize_v_half(v: Tensor) -> tuple[Tensor, Tensor]:
+    """fp16 values up to 1 of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv], powers of two."""
+    clean = torch.where(v.isfinite(), v, 0.0)
+    amax = clean.abs().amax(1, keepdim=True)
+    above = (amax.view(torch.int32) + 0x7FFFFF).clamp(max=0x7EFFFFFF) & -0x800000
+    scale = torch.where(amax < TINY, 1.0, above.view(torch.float32))
+    return (clean / scale).to(torch.float16).float(), scale
 
 
 def quantize_v_int8(

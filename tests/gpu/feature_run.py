@@ -11,7 +11,7 @@ import torch
 from feature_cases import FeatureCase
 from feature_masks import draw_mask
 from feature_oracle import exact, exact_varlen
-from gpu_kit import LSE_ERROR_MAX, allowed, place
+from gpu_kit import allowed, lse_error_max, place
 from native_call import NativeCall, Packed
 
 import sagert
@@ -241,12 +241,13 @@ def measured(case: FeatureCase, run: Run, want: torch.Tensor, want_lse: torch.Te
     }
 
 
-def verdict(point: dict[str, Any], tolerance: float) -> list[str]:
-    """What is wrong with a measured run of a row that states `tolerance`."""
+def verdict(point: dict[str, Any], row: Any, factor: float = 1.0) -> list[str]:
+    """What is wrong with a measured run of a row, whose own tolerance of relative L1 counts `factor` times."""
     wrong = list(point["failed"])
-    if point["outputs"] and not point["relative_l1"] <= allowed(tolerance, point["outputs"]):
-        wrong.append(f"relative L1 {point['relative_l1']:.5f}, allowed {allowed(tolerance, point['outputs']):.5f}")
-    if not point["lse_error"] <= LSE_ERROR_MAX:
+    tolerance = allowed(factor * row.relative_l1, point["outputs"]) if point["outputs"] else 0.0
+    if point["outputs"] and not point["relative_l1"] <= tolerance:
+        wrong.append(f"relative L1 {point['relative_l1']:.5f}, allowed {tolerance:.5f}")
+    if not point["lse_error"] <= lse_error_max(row.precision):
         wrong.append(f"LSE off by {point['lse_error']:.4f}")
     return wrong
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from dataclasses import dataclass
@@ -17,7 +18,12 @@ GROUPS = (1, 4, 8)
 MEMORY = ("bhsd", "bshd", "sliced", "fused_qkv", "strided_last", "offset", "permuted")
 CASES = 672
 SENTINEL = 12345.0
-LSE_ERROR_MAX = 0.1
+# Of an LSE on N(0, 1) inputs, by the type of Q and K. One visible key's LSE is off by what rounding does to its score,
+# whose deviation is hypot(3.0, 3.5) / codes / 12 ** 0.5: 3.0 is a query's largest value, 3.5 that of 16 keys, and there
+# are 127 or 7 codes on either side of 0. That is 0.0105 and 0.19; out of millions some are five deviations off.
+LSE_ERROR_MAX = {"int8": 0.1, "int4": 1.2}
+# Values of Q below it round to 0, or lose their sign when the mean of their block is taken off.
+CLEAR_OF_ZERO = {"int8": 0.25, "int4": 1.0}
 
 
 @dataclass(frozen=True)
@@ -189,6 +195,28 @@ def poisoned_attention(
     return out, lse
 
 
+def lse_error_max(precision: str) -> float:
+    """How far a precision's LSE may be from the exact one on N(0, 1) inputs."""
+    return LSE_ERROR_MAX[precision.partition("_")[0]]
+
+
+@functools.cache
+def _rows() -> dict[str, Any]:
+    return {row.id: row for row in sagert.kernels()}
+
+
+def serving_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, precision: str) -> Any:
+    """The row that serves plain attention of these tensors."""
+    told = sagert.explain(q, k, v, is_causal=causal, precision=precision, return_lse=True).row
+    assert told is not None
+    return _rows()[told]
+
+
+def sums_in_fp16(row: Any) -> bool:
+    """Whether a row sums products of P and V in fp16 first: other arithmetic than its family's in fp32."""
+    return "pv_sum" in row.quant
+
+
 def relative_l1(got: torch.Tensor, want: torch.Tensor) -> float:
     """Sum of absolute errors over the sum of absolute values, in float64."""
     return float((got.double() - want.double()).abs().sum() / want.double().abs().sum().clamp_min(1e-30))
@@ -223,7 +251,7 @@ def check_errors(point: dict[str, Any], precision: str, tolerance: float) -> Non
     context = f"{precision}, {point['case']}"
     error, lse_error = point["relative_l1"], point["lse_error"]
     assert error <= allowed(tolerance, point["outputs"]), f"{context}: relative L1 {error:.5f}"
-    assert lse_error <= LSE_ERROR_MAX, f"{context}: LSE off by {lse_error:.4f}"
+    assert lse_error <= lse_error_max(precision), f"{context}: LSE off by {lse_error:.4f}"
 
 
 def check_placement(
@@ -245,9 +273,10 @@ def check_placement(
         for n, h in (("q", 4), ("k", 2), ("v", 2))
     }
     if name == "k":
-        # A query value that INT8 rounds to 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear.
+        # A query value that becomes 0 meets Inf as 0 times Inf, which is NaN (docs/numerics.md): keep clear.
+        clear = max(CLEAR_OF_ZERO[precision.partition("_")[0]] for precision in served)
         channel = tensors["q"][..., where[0][3]]
-        channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
+        channel.copy_(torch.where(channel < 0, channel.clamp(max=-clear), channel.clamp(min=clear)))
     for index in where:
         tensors[name][index] = value
     want, _ = exact(tensors["q"], tensors["k"], tensors["v"], causal)

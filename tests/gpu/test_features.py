@@ -35,7 +35,7 @@ def test_generated_features(first: int, here: list[Any], info: Any, device: torc
             run = feature_run.guarded(problem, row.precision, None if chosen else row.id)
             point = feature_run.measured(case, run, *want)
             record.add("features", row.id, **point)
-            failures += [f"{row.id}, {case}: {text}" for text in feature_run.verdict(point, row.relative_l1)]
+            failures += [f"{row.id}, {case}: {text}" for text in feature_run.verdict(point, row)]
             runs += 1
     assert not failures, f"{len(failures)} failures in {runs} runs:\n" + "\n".join(failures)
     assert runs >= CHUNK // 2, f"{runs} runs: hardly any row serves these cases"

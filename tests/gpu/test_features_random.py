@@ -34,7 +34,7 @@ def failures_of(case: FeatureCase, here: list[Any], info: Any, device: torch.dev
     def judge(row: Any, run: feature_run.Run, way: str) -> None:
         point = feature_run.measured(case, run, *want)
         record.add("random_features", row.id, **point)
-        failures.extend(f"{row.id}, {way}, {case}: {text}" for text in feature_run.verdict(point, row.relative_l1))
+        failures.extend(f"{row.id}, {way}, {case}: {text}" for text in feature_run.verdict(point, row))
 
     for row, chosen in planned:
         first = None

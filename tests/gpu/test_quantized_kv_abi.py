@@ -13,9 +13,7 @@ import pytest
 import torch
 from gpu_kit import Case, cases, place
 
-from sagert import native
-
-PRECISIONS = {"int8_fp16": 1, "int8_fp8": 2, "int8_int8": 3}
+from sagert import codes, native
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +41,7 @@ class Caller:
         b, h, s, d = q.shape
         return self.abi.attention_args(
             **tensors, batch=b, heads_q=h, heads_kv=k.shape[1], seqlen_q=s, seqlen_k=k.shape[2], head_dim=d,
-            dtype=self.abi.BF16 if q.dtype == torch.bfloat16 else self.abi.FP16, precision=PRECISIONS[precision],
+            dtype=codes.dtype_code(q.dtype), precision=codes.precision_code(precision),
             flags=flags, scale=d**-0.5, stream=torch.cuda.current_stream().cuda_stream, device=q.device.index or 0,
         )  # fmt: skip
 
@@ -75,7 +73,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.index % 11 == 3], ids=str)
-def test_the_same_bits_as_the_one_call(abi: ModuleType, case: Case, served: list[str], device: torch.device) -> None:
+def test_the_same_bits_as_the_one_call(abi: ModuleType, case: Case, here: list[Any], device: torch.device) -> None:
     """One buffer of quantized K and V serves full and causal attention of other queries; K is gone by then."""
     caller = Caller(abi)
     generator = torch.Generator(device=device).manual_seed(case.index)
@@ -86,7 +84,7 @@ def test_the_same_bits_as_the_one_call(abi: ModuleType, case: Case, served: list
 
     q, more = draw(case.heads, case.seqlen_q), draw(2 * case.heads, 70)
     keys, values = draw(case.heads_kv, case.seqlen_k), draw(case.heads_kv, case.seqlen_k)
-    for precision in served:
+    for precision in dict.fromkeys(row.precision for row in here if "quantized_kv" in row.flags):
         k, v = (place(x, case.memory, 0.0)[0] for x in (keys, values))
         expected = [
             caller.attention(caller.arguments(x, k, v, precision, abi.LSE | causal), x)

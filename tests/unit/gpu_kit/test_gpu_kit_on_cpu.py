@@ -46,7 +46,7 @@ def failures_of(case: FeatureCase, precision: Row) -> list[str]:
     problem = feature_run.build(case, CPU)
     run = feature_run.guarded(problem, precision.precision)
     point = feature_run.measured(case, run, *feature_run.expected(problem))
-    return [f"{precision.id}, {case}: {text}" for text in feature_run.verdict(point, precision.relative_l1)]
+    return [f"{precision.id}, {case}: {text}" for text in feature_run.verdict(point, precision)]
 
 
 def test_rows_are_the_reference():

@@ -83,7 +83,7 @@ def test_out_inside_an_input_is_refused():
     [
         ({"dropout_p": 0.1}, "dropout_p=0.1"),
         ({"precision": "nvfp4"}, "nvfp4"),
-        ({"precision": "int4_fp8"}, "no kernel row and no reference yet"),
+        ({"precision": "int4_fp8"}, "the reference of CPU tensors has no such recipe"),
     ],
 )
 def test_unsupported_call(options, word):

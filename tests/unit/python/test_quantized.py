@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 import sagert  # noqa: E402
-from sagert import quantize, reference  # noqa: E402
+from sagert import quantize, reference_kv  # noqa: E402
 from sagert.errors import InvalidArgumentError, UnsupportedError  # noqa: E402
 
 
@@ -139,6 +139,6 @@ def test_what_nothing_serves():
 
 
 def test_reference_without_v_says_so():
-    data = reference.quantize_kv(K, V, precision="int8_fp16")
+    data = reference_kv.quantize_kv(K, V, precision="int8_fp16")
     with pytest.raises(ValueError, match="reads v"):
-        reference.attend(Q, data, None, 2, 150, 24, precision="int8_fp16", seen=reference.Pattern(), scale=1.0)
+        reference_kv.attend(Q, data, None, 2, 150, 24, precision="int8_fp16", seen=reference_kv.Pattern(), scale=1.0)

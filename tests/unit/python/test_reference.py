@@ -8,7 +8,7 @@ import math
 import pytest
 
 torch = pytest.importorskip("torch")
-from sagert import quantize, reference  # noqa: E402
+from sagert import quantize, recipes, reference  # noqa: E402
 
 LIMITS = {"int8_fp16": 0.0135, "int8_fp8": 0.039}
 
@@ -123,7 +123,7 @@ def test_precision_without_reference():
         reference.attention(zero, zero, zero, precision="nvfp4")
 
 
-@pytest.mark.parametrize("family", reference.TILED)
+@pytest.mark.parametrize("family", recipes.TILED)
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_tiled_recipes_are_as_accurate(causal, family):
     q, k, v = (make(1, 2, 700, 64, seed=seed) for seed in range(3))
@@ -138,7 +138,7 @@ def test_the_tiled_recipes_are_as_accurate(causal, family):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
-@pytest.mark.parametrize("family", ["portable", *reference.TILED])
+@pytest.mark.parametrize("family", ["portable", *recipes.TILED])
 def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
     out, lse = reference.attention(q, k, v, precision="int8_int8", family=family)
@@ -147,7 +147,7 @@ def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     torch.testing.assert_close(lse.double(), exact_lse, atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("family", reference.TILED)
+@pytest.mark.parametrize("family", recipes.TILED)
 @pytest.mark.parametrize("causal", [False, True])
 def test_integer_pv_is_its_definition(causal, family):
     """A weighted mean of the dequantized V, weights being bytes times the exponential of their block's row maximum."""
@@ -156,9 +156,9 @@ def test_integer_pv_is_its_definition(causal, family):
     out, lse = reference.attention(
         q, k, v, is_causal=causal, precision="int8_int8", family=family, smooth_k=False, scale=0.5
     )
-    size = reference.BLOCKS[family]
+    size = recipes.BLOCKS[family]
     q8, q_scale = quantize.quantize_rows(q[0, 0].float(), math.nan)
-    q_scale = q_scale * torch.tensor(0.5 * reference.LOG2E)
+    q_scale = q_scale * torch.tensor(0.5 * recipes.LOG2E)
     k8, k_scale = quantize.quantize_key_groups(k[0].float(), size)
     scores = (q8.double() @ k8[0].double().T) * q_scale.double() * k_scale[0].double().T
     if causal:
@@ -211,7 +211,7 @@ def test_v_blocks():
 def test_int8_codes_of_v():
     v = make(1, 200, 16, dtype=torch.float32)
     v[0, 7, 2], v[0, 8, 2], v[0, 9, 2] = math.inf, -math.inf, math.nan
-    values, scale = quantize.quantize_v_int8(v, 64, reference.V_MAX, False)
+    values, scale = quantize.quantize_v_int8(v, 64, quantize.V_MAX, False)
     assert scale.shape == (1, 4, 16)
     assert values.abs().max() == 126
     decoded, positive, negative = quantize.decode_v_int8(quantize.encode_v_int8(values, v))

@@ -284,6 +284,30 @@ def test_general_rows_take_what_plain_rows_leave(lib, changes, row):
     assert lib.explain(abi.request(**changes), abi.device(89))["selected"] == f"sm89.fake.{row}"
 
 
+TUNED = {80: b"mma", 86: b"mma", 87: b"mma", 89: b"mma", 90: b"wgmma", 120: b"mma", 121: b"mma"}  # families by device
+
+
+@pytest.mark.parametrize("capability", TUNED)
+def test_the_tuned_rows_serve_what_they_can(real_library, capability):
+    """Plain attention goes to a tuned family's rows wherever one can compute it, all else to the portable family's."""
+    table = abi.Library(real_library)
+    rows, dev = table.rows(), abi.device(capability, 13000)
+    here = [row for row in rows if row.capability_min <= capability <= row.capability_max]
+    if not here:
+        pytest.skip("no rows for this device in this build")
+    precisions = {row.precision for row in here}
+    assert precisions >= {abi.INT8_FP16, abi.INT8_INT8}
+    plain = [{"head_dim": d, "flags": flags} for d in (40, 64, 96, 128) for flags in (0, abi.LSE, abi.CAUSAL | abi.LSE)]
+    for precision, dtype, changes in itertools.product(
+        [abi.AUTO, *precisions], (abi.FP16, abi.BF16), [*plain, *REQUESTS.values()]
+    ):
+        req = abi.request(**{"precision": precision, "dtype": dtype, **changes})
+        able = {row.family for row in rows if serves(row, req, dev)}
+        chosen = rows[table.select(req, dev)[1].row].family
+        assert chosen == (TUNED[capability] if TUNED[capability] in able else b"portable"), (changes, able)
+        assert changes not in plain or chosen == TUNED[capability], changes
+
+
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120, 121])
 @pytest.mark.parametrize(("changes", "_"), GENERAL, ids=str)
 def test_every_architecture_serves_every_feature(real_library, capability, changes, _):
