@@ -216,7 +216,7 @@ def _heads(
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / (rounded if integer or (fp8 and recipe.family == "wgmma") else total)
+    out = acc / (rounded if integer or recipe.family == "wgmma" else total)
     if not integer:  # INT8's scales are a block's, and in the sums
         out = out * kv.v_scale
     if kv.v_mean is not None:

@@ -9,9 +9,10 @@ namespace sagert {
 
 // The ones behind every stage of V, which no copy touches. All threads of the block write them.
 __device__ __forceinline__ void write_ones(Shared& s) {
-  constexpr int8_t kOne = 0x38;  // in e4m3
+  const uint32_t one = kV == V::kIo ? to_io2(1.f, 1.f) : 0x38383838;  // the latter in e4m3
   for (int stage = 0; stage < kStagesV; ++stage) {
-    for (int i = kVTileBytes + threadIdx.x; i < kVStageBytes; i += kThreads) s.v[stage][i] = kOne;
+    uint32_t* ones = reinterpret_cast<uint32_t*>(s.v[stage] + kVTileBytes);
+    for (int i = threadIdx.x; i < kOnesBytes / 4; i += kThreads) ones[i] = one;
   }
   fence_async_shared();
 }

@@ -22,10 +22,12 @@ constexpr int kGroups = GROUPS;                // consumer warpgroups of 64 quer
 constexpr int kRows = 64 * kGroups;            // queries of a tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
 constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
-// Behind the channels of a tile of FP8 V stand as many of ones: P V then has the sums of P, too.
-constexpr int kOnes = kV == V::kFp8 ? 8 : 0;
-constexpr int kVStageBytes = kVTileBytes + kOnes * kBlock;
 constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
+// Behind the channels of a tile of V stand as many of ones: P V then has the sums of P, too. Of 16-bit V they take as
+// much room as a copy of the tensor map.
+constexpr int kOnes = kV == V::kInt8 ? 0 : 8;
+constexpr int kOnesBytes = kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
+constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;

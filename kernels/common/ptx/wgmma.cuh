@@ -140,10 +140,10 @@ SAGERT_WGMMA_E4M3(136, 68, 68, 69, 70, 71, 72, 73)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                                     \
   }
 
-SAGERT_WGMMA_IO(f16, 64, 32, 32, 33, 34, 35, 36, 37)
-SAGERT_WGMMA_IO(f16, 128, 64, 64, 65, 66, 67, 68, 69)
-SAGERT_WGMMA_IO(bf16, 64, 32, 32, 33, 34, 35, 36, 37)
-SAGERT_WGMMA_IO(bf16, 128, 64, 64, 65, 66, 67, 68, 69)
+SAGERT_WGMMA_IO(f16, 72, 36, 36, 37, 38, 39, 40, 41)
+SAGERT_WGMMA_IO(f16, 136, 68, 68, 69, 70, 71, 72, 73)
+SAGERT_WGMMA_IO(bf16, 72, 36, 36, 37, 38, 39, 40, 41)
+SAGERT_WGMMA_IO(bf16, 136, 68, 68, 69, 70, 71, 72, 73)
 
 #undef SAGERT_WGMMA_E4M3
 #undef SAGERT_WGMMA_IO
