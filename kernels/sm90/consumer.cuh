@@ -211,7 +211,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll 1
     for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
       const float k_scale = next_k_scale();
-      issue_qk(scores, false);
+      issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
       release_k();

@@ -45,8 +45,6 @@ struct ConsumerBase {
 
   __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[k.stage]); }
   __device__ __forceinline__ uint32_t full_v() { return shared_address(&s.full_v[v.stage]); }
-  __device__ __forceinline__ bool k_ready() { return mbarrier_try(full_k(), k.parity); }
-  __device__ __forceinline__ bool v_ready() { return mbarrier_try(full_v(), v.parity); }
   // Scale of this thread's keys of the next block, counting down.
   __device__ __forceinline__ float next_k_scale() {
     float scale = __ldg(k_scales);
@@ -54,8 +52,8 @@ struct ConsumerBase {
     return scale;
   }
 
-  __device__ __forceinline__ void issue_qk(Scores& scores, bool ready) {
-    if (!ready) mbarrier_wait(full_k(), k.parity);
+  __device__ __forceinline__ void issue_qk(Scores& scores) {
+    mbarrier_wait(full_k(), k.parity);
     const uint64_t b = operand_behind(k_operand, k.stage * kTileBytes);
     wgmma_fence();
     wgmma_s8<0>(scores, q_operand, b);

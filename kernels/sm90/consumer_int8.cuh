@@ -2,17 +2,20 @@
 // A consumer warpgroup with P V in integers: P in unsigned bytes scaled by the row's maximum in each block of keys, V
 // in signed bytes with a scale per block and channel.
 //
-// It holds the scores of one block: the products take the registers that a second block of scores would. A step issues
-// Q K^T of its block and, right behind it, P V of the block before, which runs under the exponentials.
+// One block after the other, as in consumer.cuh: the products take the registers that the scores have left. While wgmma
+// runs, instructions of fp32 are taken from the tensor core's time, those of 16 bits and of integers are not: hence the
+// bytes by way of fp16, and the scales' products in bf16.
 #pragma once
 
 #include "consumer_base.cuh"
+#include "ptx/half2.cuh"
 #include "ptx/prefetch.cuh"
 
 namespace sagert {
 
 constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
 constexpr float kPStep = 1.f / 255.f;
+constexpr uint32_t kHalfRounds = 0x64006400;  // 1024 in fp16, twice: a number below it, added, is rounded to an integer
 constexpr float kCoarsest = 0x1p-20f;  // a smaller scale could leave a masked key some weight; its step is negligible
 
 // Exponents of a block of keys are c * (score - its thread's top + kRound) + b. No rounding lifts one above log2(255),
@@ -26,33 +29,21 @@ struct Scaling {
 struct Consumer : ConsumerBase {
   Scores scores;  // integers, then, in the first quarter, P
   int32_t products[kHeadDim / 2];
-  int32_t weights[kBlock / 8];  // P of the block before
-  float maximum[2];             // so far, which l and O refer to
-  float weight[2];              // of the block before: its bytes' unit, relative to the maximum so far
-
-  uint32_t v_last = kStagesV - 1;  // stage of the block of V before
 
   using ConsumerBase::ConsumerBase;
+
+  // The maximum so far of this thread's row r, which l and O refer to, in shared memory for want of registers.
+  __device__ __forceinline__ float& maximum(int r) { return s.maxima[r][thread_index() - 128]; }
 
   // This thread's part of a row's sum of exponentials before they are bytes, in shared memory for want of registers. l
   // is the sum of the bytes, which is what V is multiplied by.
   __device__ __forceinline__ float& exact_sum(int r) { return s.exact_sums[r][thread_index() - 128]; }
 
-  // Takes the next block of V, which then is the one before.
-  __device__ __forceinline__ void take_v(bool ready) {
-    if (!ready) mbarrier_wait(full_v(), v.parity);
-    v_last = v.stage;
-    v.advance();
-  }
-
-  // Gives back the block of V before the present one, the last one of the tile before included.
-  __device__ __forceinline__ void give_back_v() { mbarrier_arrive_once(shared_address(&s.empty_v[v_last])); }
-
-  // P V of the block taken last.
+  // P V of the block.
   __device__ __forceinline__ void issue_pv() {
-    const uint64_t b = operand_behind(v_operand, v_last * kVStageBytes);
+    const uint64_t b = operand_behind(v_operand, v.stage * kVStageBytes);
     wgmma_fence();
-    const uint32_t* a = reinterpret_cast<const uint32_t*>(weights);
+    const uint32_t* a = reinterpret_cast<const uint32_t*>(scores);
     wgmma_u8s8<0>(products, a, b);
 #pragma unroll
     for (int i = 1; i < kBlock / 32; ++i) wgmma_u8s8<1>(products, a + 4 * i, operand_behind(b, 32 * i));
@@ -65,33 +56,33 @@ struct Consumer : ConsumerBase {
     return reinterpret_cast<const uint4*>(p.v_scale + index * kHeadDim);
   }
 
-  // Adds the products, each row's with its own weight, to O at the maximum that alpha leads to.
-  __device__ __forceinline__ void add_products(const uint4* scales, const float (&alpha)[2]) {
-    rescale(alpha);
+  // Adds the products, each row's in its own unit, to O.
+  __device__ __forceinline__ void add_products(const uint4* scales, const float (&unit)[2]) {
+    const uint32_t units[2] = {to_bf16x2(unit[0], unit[0]), to_bf16x2(unit[1], unit[1])};
 #pragma unroll
     for (int j = 0; j < kHeadDim / 32; ++j) {
       const uint4 four = __ldg(scales + 4 * j + quad());
       const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const uint32_t pair = pairs[i / 4];
+        const uint32_t pair = bfloat2_multiply(pairs[i / 4], units[i / 2 % 2]);
         const float scale = __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
         float& x = o[16 * j + i];
-        x = fmaf(static_cast<float>(products[16 * j + i]), scale * weight[i / 2 % 2], x);
+        x = fmaf(static_cast<float>(products[16 * j + i]), scale, x);
       }
     }
   }
 
   // From this thread's largest score of a row: `top` units of c, or `mine`.
-  __device__ __forceinline__ void scale_row(Scaling& z, int r, int top, float c, float mine, float& next_weight) {
+  __device__ __forceinline__ void scale_row(Scaling& z, int r, int top, float c, float mine, float& unit) {
     const float highest = quad_max(mine);
-    const float next = fmaxf(maximum[r], highest);
+    const float before = maximum(r), next = fmaxf(before, highest);
     z.c[r] = c;
     z.b[r] = __fmaf_rd(-kRound, c, mine - highest + kLog2PMax);
     z.shift[r] = __float_as_int(kRound) - top;
-    z.alpha[r] = exp2_approx(maximum[r] - next);
-    next_weight = exp2_approx(highest - next) * kPStep;  // NaN where the query holds an infinity or a NaN
-    maximum[r] = next;
+    z.alpha[r] = exp2_approx(before - next);
+    unit = exp2_approx(highest - next) * kPStep;  // NaN where the query holds an infinity or a NaN
+    maximum(r) = next;
   }
 
   // Of 22 bits, so that c * kRound is exact, and b cannot round the row's largest exponent below 0.
@@ -99,17 +90,17 @@ struct Consumer : ConsumerBase {
     return __int_as_float(__float_as_int(s.q_scale[row() + 8 * r] * k_scale) & ~3);
   }
 
-  __device__ __forceinline__ void reduce(Scaling& z, float k_scale, float (&next_weight)[2]) {
+  __device__ __forceinline__ void reduce(Scaling& z, float k_scale, float (&unit)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int top = row_top(scores, r);
       const float c = row_scale(r, k_scale);
-      scale_row(z, r, top, c, static_cast<float>(top) * c, next_weight[r]);
+      scale_row(z, r, top, c, static_cast<float>(top) * c, unit[r]);
     }
   }
 
   // The same for a block with masks.
-  __device__ __forceinline__ void reduce_masked(Scaling& z, float k_scale, float (&next_weight)[2], int block) {
+  __device__ __forceinline__ void reduce_masked(Scaling& z, float k_scale, float (&unit)[2], int block) {
     const uint32_t bad = bad_keys(block);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -125,27 +116,27 @@ struct Consumer : ConsumerBase {
         c = kCoarsest;
       }
       pin(scores);
-      scale_row(z, r, top, c, unseen ? kLowest : static_cast<float>(top) * c, next_weight[r]);
-      if (undefined) next_weight[r] = nan();
+      scale_row(z, r, top, c, unseen ? kLowest : static_cast<float>(top) * c, unit[r]);
+      if (undefined) unit[r] = nan();
     }
   }
 
   // Exponentials, rounded to bytes, and the sums of bytes. With `exact` also their sums before rounding, which the LSE
   // is made of. The scores' fragment is the A operand of P V when V's keys stand in pair order.
   template <bool exact>
-  __device__ __forceinline__ void exponentiate(const Scaling& z, const float (&next_weight)[2], uint32_t (&sum)[2]) {
+  __device__ __forceinline__ void exponentiate(const Scaling& z, const float (&unit)[2], uint32_t (&sum)[2]) {
     float whole[2] = {0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < kBlock / 16; ++j) {
-      auto byte = [&](int i) {
+      auto e = [&](int i) {
         const int r = i / 2 % 2;
         const float x = __int_as_float(scores[8 * j + i] + z.shift[r]);
         const float weight = exp2_approx(fmaf(x, z.c[r], z.b[r]));
         if constexpr (exact) whole[r] += weight;
-        return __float_as_uint(weight + kRound);
+        return weight;
       };
-      const uint32_t upper = pack_low_bytes(byte(0), byte(1), byte(4), byte(5));
-      const uint32_t lower = pack_low_bytes(byte(2), byte(3), byte(6), byte(7));
+      auto two = [&](int i) { return half2_add(to_fp16x2(e(i), e(i + 1)), kHalfRounds); };
+      const uint32_t upper = __byte_perm(two(0), two(4), 0x6420), lower = __byte_perm(two(2), two(6), 0x6420);
       sum[0] = __dp4a(upper, 0x01010101u, sum[0]);
       sum[1] = __dp4a(lower, 0x01010101u, sum[1]);
       scores[2 * j] = static_cast<int32_t>(upper);
@@ -153,84 +144,61 @@ struct Consumer : ConsumerBase {
     }
     if constexpr (exact) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], next_weight[r] * whole[r]);
+      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], unit[r] * whole[r]);
     }
   }
 
-  // Stands between exponentials and a wait: without a branch that depends on them, ptxas moves them below it.
-  __device__ __forceinline__ void hold(const uint32_t (&sum)[2]) {
-    if (__any_sync(~0u, sum[0] + sum[1] > 255 * kBlock)) __nanosleep(1);
+  // All blocks this warpgroup sees, from the last one down.
+  __device__ __forceinline__ void attend_blocks() {
+    int masked = uniform(task().masked);
+    const int begin = uniform(task().begin);
+#pragma unroll 1
+    for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
+      const float k_scale = next_k_scale();
+      issue_qk(scores);
+      // To L1, without registers: they are read when P V is there.
+      const uint4* v_scales = v_scales_at(block);
+      prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
+      wgmma_wait<0>();
+      pin(scores);
+      release_k();
+      Scaling z;
+      float unit[2];  // of the bytes, relative to the maximum so far
+      if (masked > 0) {
+        --masked;
+        reduce_masked(z, k_scale, unit, block);
+      } else {
+        reduce(z, k_scale, unit);
+      }
+      uint32_t sum[2] = {0, 0};
+      exponentiate<EXACT_LSE>(z, unit, sum);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) l[r] = fmaf(l[r], z.alpha[r], unit[r] * static_cast<float>(sum[r]));
+      mbarrier_wait(full_v(), v.parity);
+      pin_first<kBlock / 8>(scores);
+      issue_pv();
+      rescale(z.alpha);
+      wgmma_wait<0>();
+      pin(products);
+      pin_first<kBlock / 8>(scores);
+      release_v();
+      add_products(v_scales, unit);
+    }
   }
 
   __device__ __forceinline__ void attend(int turn) {
     begin(turn);
-    // The first step takes P = 0 with whatever block of V came before.
-#pragma unroll
-    for (int i = 0; i < kBlock / 8; ++i) weights[i] = 0;
-    maximum[0] = maximum[1] = kLowest;
-    exact_sum(0) = exact_sum(1) = 0.f;
-    weight[0] = weight[1] = 0.f;
-    const int begin = uniform(task().begin), end = uniform(task().end);
-    const int masked = end - static_cast<int>(uniform(task().masked));
-    bool ready_k = false, ready_v = false;
-#pragma unroll 1
-    for (int block = end - 1; block >= begin; --block) {
-      const float k_scale = next_k_scale();
-      issue_qk(scores, ready_k);
-      if (block < end - 1) take_v(ready_v);
-      issue_pv();
-      wgmma_wait<1>();
-      pin(scores);
-      release_k();
-      // To L1, without registers: they are read when P V is there.
-      const uint4* v_scales = v_scales_at(min(block + 1, end - 1));
-      prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
-      Scaling z;
-      float next_weight[2];
-      if (block >= masked) {
-        reduce_masked(z, k_scale, next_weight, block);
-      } else {
-        reduce(z, k_scale, next_weight);
-      }
-      ready_k = k_ready();
-      weight[0] *= z.alpha[0];
-      weight[1] *= z.alpha[1];
-      uint32_t sum[2] = {0, 0};
-      if (p.write_lse) {
-        exponentiate<true>(z, next_weight, sum);
-      } else {
-        exponentiate<false>(z, next_weight, sum);
-      }
-      hold(sum);
-      wgmma_wait<0>();
-      pin(products);
-      pin(weights);
-      add_products(v_scales, z.alpha);
-      give_back_v();
-      ready_v = v_ready();
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        weight[r] = next_weight[r];
-        l[r] = fmaf(l[r], z.alpha[r], weight[r] * static_cast<float>(sum[r]));
-      }
-#pragma unroll
-      for (int i = 0; i < kBlock / 8; ++i) weights[i] = scores[i];
-    }
-    if (end > begin) {
-      take_v(ready_v);
-      issue_pv();
-      wgmma_wait<0>();
-      pin(products);
-      pin(weights);
-      add_products(v_scales_at(begin), {1.f, 1.f});
-    }
+    maximum(0) = maximum(1) = kLowest;
+    if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
+    for (int i = uniform(task().skipped); i > 0; --i) skip_block();
+    attend_blocks();
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       l[r] = row_sum(l[r]);
-      total[r] = p.write_lse ? row_sum(exact_sum(r)) : l[r];
+      total[r] = EXACT_LSE ? row_sum(exact_sum(r)) : l[r];
     }
-    write(maximum, total);
+    write({maximum(0), maximum(1)}, total);
   }
 };
 

@@ -50,10 +50,7 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
         k.advance();
       }
       if (step > 0) {
-        // Consumers of V in INT8 give a block back when they are at the next one, and before the first one "give
-        // back" a block -1, which counts as a round of the last stage.
-        const bool early = kV == V::kInt8 && v.stage == kStagesV - 1;
-        mbarrier_wait(shared_address(&s.empty_v[v.stage]), early ? v.parity : v.parity ^ 1);
+        mbarrier_wait(shared_address(&s.empty_v[v.stage]), v.parity ^ 1);
         load_v(p, s.v[v.stage], head_kv, tile.end - step, shared_address(&s.full_v[v.stage]));
         v.advance();
       }

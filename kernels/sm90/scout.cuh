@@ -20,10 +20,7 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   const int head_kv = tile.head / p.group, row = tile.row + group * 64;
   const int2 flags = __ldg(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
   const int end_of_group = end_of_keys(p, row);
-  int end = tile.end;
-  if constexpr (kV != V::kInt8) {  // those take all blocks of a tile together
-    end = row < p.seqlen_q ? max(min(end, end_of_group), tile.begin) : tile.begin;
-  }
+  const int end = row < p.seqlen_q ? max(min(tile.end, end_of_group), tile.begin) : tile.begin;
   const bool ragged = kCausal ? end == end_of_group : end * kBlock > p.seqlen_k;
   task.head = tile.head;
   task.head_kv = head_kv;

@@ -28,7 +28,8 @@ constexpr int kVStageBytes = kVTileBytes + kOnes * kBlock;
 constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
-constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32, kConsumerRegisters = kGroups == 2 ? 240 : 160;
+constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
+static_assert(kGroups == 3, "other numbers of warpgroups have other registers");
 
 struct Params {
   const uint16_t* q;
@@ -127,7 +128,8 @@ struct Shared {
   float q_scale[kRows];
   float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
 #if V8_I8
-  float exact_sums[2][128 * kGroups];  // of the exponentials of each thread's two rows
+  float maxima[2][128 * kGroups];      // of each thread's two rows
+  float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
   uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV];

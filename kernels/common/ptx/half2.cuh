@@ -30,6 +30,12 @@ __device__ __forceinline__ uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t
   return d;
 }
 
+__device__ __forceinline__ uint32_t bfloat2_multiply(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 // The low half plus the high half, in fp32.
 __device__ __forceinline__ float half2_sum(uint32_t x) {
   float low, high;
