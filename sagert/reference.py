@@ -216,7 +216,9 @@ def _heads(
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    out = acc / (rounded if integer or recipe.family == "wgmma" else total)
+    # Where the tensor core sums P, it is as P is rounded.
+    sums_rounded = integer or (recipe.family == "wgmma" and (fp8 or q.shape[2] <= 64))
+    out = acc / (rounded if sums_rounded else total)
     if not integer:  # INT8's scales are a block's, and in the sums
         out = out * kv.v_scale
     if kv.v_mean is not None:

@@ -24,9 +24,9 @@ constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
 constexpr int kVTileBytes = kV == V::kIo ? 2 * kTileBytes : kTileBytes;
 constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor map brings: the width of the swizzle
 // Behind the channels of a tile of V stand as many of ones: P V then has the sums of P, too. Of 16-bit V they take as
-// much room as a copy of the tensor map.
-constexpr int kOnes = kV == V::kInt8 ? 0 : 8;
-constexpr int kOnesBytes = kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
+// much room as a copy of the tensor map, which 128 channels leave for too few stages.
+constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
+constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
