@@ -4,7 +4,6 @@
 // keys, P V of the last step's last.
 #pragma once
 
-#include "ptx/half2.cuh"
 #include "serial.cuh"
 
 namespace sagert {
@@ -54,14 +53,10 @@ struct DirectWarp : SerialWarp<DirectWarp> {
   }
 
   __device__ __forceinline__ void scale_tail(int r, float alpha) {
-    const uint32_t two = to_io2(alpha, alpha);
 #pragma unroll
     for (int i = r % 2; i < 4; i += 2) {
-#if SAGERT_IO_BF16
-      tail[r / 2][i] = bfloat2_fma(tail[r / 2][i], two, 0x80008000u);
-#else
-      tail[r / 2][i] = half2_multiply(tail[r / 2][i], two);
-#endif
+      uint32_t& pair = tail[r / 2][i];
+      pair = to_io2(low_io(pair) * alpha, high_io(pair) * alpha);
     }
   }
 
