@@ -14,10 +14,10 @@ namespace sagert {
 
 constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalf1024 = 0x6400u;   // fp16 with a last bit of 1
+constexpr uint32_t kHalf1024 = 0x6400u;       // fp16 with a last bit of 1
 constexpr bool kRowFirst = kChannels <= 128;  // registers are too short for it beyond
-constexpr int kParts = kStep / 32;        // of 32 keys, that an instruction takes
-using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
+constexpr int kParts = kStep / 32;            // of 32 keys, that an instruction takes
+using Weights = uint32_t[kParts][kM][4];      // A fragments of P V
 
 struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
