@@ -63,9 +63,12 @@ struct FoldWarp : SerialWarp<FoldWarp> {
         for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), own_highest(r) - highest[r] + kLog2PMax);
       }
     }
-    // A byte's unit, relative to the maximum that O refers to.
+    // A byte's unit, relative to the maximum that O refers to, with two bits less: kRound times it is exact.
 #pragma unroll
-    for (int r = 0; r < kR; ++r) weight[r] = exp2_approx(highest[r] + b[r]) * kPStep;
+    for (int r = 0; r < kR; ++r) {
+      weight[r] = exp2_approx(highest[r] + b[r]) * kPStep;
+      if constexpr (kRowFirst) weight[r] = __uint_as_float(__float_as_uint(weight[r]) & ~3u);
+    }
     if ((t & 3) == 0) store_shared(SAGERT_AT(rows, weight), weight);
     __syncwarp();
   }
@@ -137,7 +140,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float x = __int_as_float(products[m][i]), w = weight[2 * m + i / 2], v = scale[i % 2];
-        if constexpr (kRowFirst) {
+        if constexpr (kRowFirst) {  // both products with kRound are exact, the scale's in bf16 too
           o[m][j][i] = fmaf(fmaf(x, w, -kRound * w), v, o[m][j][i]);
         } else {
           o[m][j][i] = fmaf(fmaf(x, v, -kRound * v), w, o[m][j][i]);

@@ -19,7 +19,8 @@ constexpr int kMasked = -8388609;   // bits of kLowest: score of a key that a qu
 // yet when 2^-8 are added.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : kV == V::kFp8 ? 8.807354922057604f : kV == V::kHalf ? 4.f : 0.f;
 constexpr float kLargest = kV == V::kFp8 ? kAtMaximum + 0x1p-8f : kV == V::kHalf ? 8.f : 14.f;
-constexpr float kLeastScale = 1e-18f;       // a masked score times this is still far below every other
+constexpr float kLeastScale = 1e-30f;       // a masked score times this is still far below every other
+constexpr float kLeastScaleInt4 = 1e-18f;   // the same where means' products are added
 constexpr float kUnseen = -1e18f;           // a score in the unit of the exponent below this is masked
 constexpr float kCoarse = 1.f / 64;         // a larger unit of the scores takes the offset of their bits too far
 using Scores = int32_t[kM][kStepTiles][4];  // bits of kRound + the integer score
@@ -103,7 +104,7 @@ struct Warp {
     float q_scale[kR];
     load_shared(q_scale, SAGERT_AT(base, q_scale) + (t >> 2) * (4 * kR));
 #pragma unroll
-    for (int r = 0; r < kR; ++r) c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
+    for (int r = 0; r < kR; ++r) c[r] = fmaxf(q_scale[r] * k_scale, kLeastScaleInt4);
     const uint32_t place = SAGERT_AT(base, bias) + stage * kStep * 4 + (t & 3) * 8;
 #pragma unroll
     for (int n = 0; n < kStepTiles; ++n) {
