@@ -133,8 +133,12 @@ threads = [threading.Thread(target=work) for _ in range(8)]
 [t.join() for t in threads]
 result = statuses
 """
+    alone = "result = lib.attention(abi.attention_args(precision=abi.INT8_FP16))"
+    assert stub.run(any_library, alone, log=tmp_path / "alone", STUB_CAPABILITY="89") == abi.OK
+    kernels = len(calls(tmp_path / "alone", "cuLibraryLoadData"))
+    assert kernels > 1
     assert stub.run(any_library, code, log=tmp_path / "log", STUB_CAPABILITY="89") == [abi.OK] * 160
-    assert len(calls(tmp_path / "log", "cuLibraryLoadData")) == 4
+    assert len(calls(tmp_path / "log", "cuLibraryLoadData")) == kernels
     assert len(calls(tmp_path / "log", "cuKernelGetFunction")) == 4
     assert len(calls(tmp_path / "log", "cuDevicePrimaryCtxRetain")) == 1
     assert len(calls(tmp_path / "log", "cuLaunchKernelEx")) == 640
