@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_
   }
 }
 
-// Keeps the stages of K and V full. K runs one block ahead, as the consumers do.
+// Keeps the stages of K and V full. K runs one block ahead.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> k;
   Ring<kStagesV> v;

@@ -29,7 +29,7 @@ constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 constexpr int kThreads = 128 * (kGroups + 1);
-// Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 168 or 128 each.
+// Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 static_assert(kGroups == 3, "other numbers of warpgroups have other registers");
 
