@@ -68,10 +68,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
   if (threadIdx.x < 128) {
     release_registers<kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32);
-    if (threadIdx.x == 0) {
+    if (warp == 0) {
       wait_for_prerequisites();
       feed_keys(p, s);
-    } else if (warp > 0 && warp <= kGroups) {
+    } else if (warp <= kGroups) {
       scout(p, s, warp - 1);
     }
   } else {

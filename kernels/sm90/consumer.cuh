@@ -78,7 +78,9 @@ struct Consumer : ConsumerBase {
     const float top = quad_max(x);
     const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
     const float alpha = exp2_approx(next - b[r]);
+    const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
+    if (first) return;
     l[r] *= alpha;
     sum[2 * r] *= alpha;
     sum[2 * r + 1] *= alpha;

@@ -4,6 +4,9 @@
 
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/stmatrix.cuh"
+#include "ptx/store.cuh"
 #include "ptx/wgmma.cuh"
 #include "queries.cuh"
 #include "rows.cuh"
@@ -110,23 +113,35 @@ struct ConsumerBase {
     return p.k_bad[(static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad()];
   }
 
+  // Masks the bad keys of row r; whether a visible one has a score of +inf or NaN.
+  static __device__ __forceinline__ bool mask_bad_keys(Scores& scores, int r, uint32_t bad, int behind) {
+    bool undefined = false;
+#pragma unroll
+    for (int n = 0; n < kBlock / 4; ++n) {
+      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+      if (!(bad >> n & 1)) continue;
+      if (n / 2 * 8 + n % 2 < behind) undefined = undefined || x >= 0;
+      x = kMasked;
+    }
+    pin(scores);
+    return undefined;
+  }
+
   // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
   // score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or NaN: that ends the row.
   __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
     int limit = p.seqlen_k - block * kBlock;
     if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
-    const uint32_t hidden = keys_beyond<kBlock>(limit, quad());
+    const int behind = limit - 2 * static_cast<int>(quad());  // the limit, from this thread's first key on
     undefined = false;
-    int top = kMasked;
+    if (__any_sync(~0u, bad != 0)) undefined = mask_bad_keys(scores, r, bad, behind);
 #pragma unroll
     for (int n = 0; n < kBlock / 4; ++n) {
       int& x = scores[n / 2 * 4 + 2 * r + n % 2];
-      if (bad >> n & ~hidden >> n & 1) undefined = undefined || x >= 0;
-      if ((hidden | bad) >> n & 1) x = kMasked;
-      top = max(top, x);
+      if (n / 2 * 8 + n % 2 >= behind) x = kMasked;
     }
     pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
-    return top;
+    return row_top(scores, r);
   }
 
   // Brings the visible scores of row r to a coarser scale.
@@ -165,7 +180,6 @@ struct ConsumerBase {
   __device__ __forceinline__ void begin(int next) {
     turn = next;
     const int group = thread_index() / 128 - 1;
-    named_barrier(group + 1, 128);  // nobody reads the queries before any more
     mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
     quantize_queries();
     mbarrier_arrive_once(shared_address(&s.empty_q[group]));
@@ -181,6 +195,7 @@ struct ConsumerBase {
 
   // `maximum` of each row, which l and O refer to; `total` is the sum of its exponentials.
   __device__ __forceinline__ void write(const float (&maximum)[2], const float (&total)[2]) {
+    named_barrier(warpgroup() + 1, 128);  // nobody reads the queries any more
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -214,19 +229,51 @@ struct ConsumerBase {
       write_part();
       return;
     }
+    if (p.o_vec) {
+      store_rows();
+      return;
+    }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       uint16_t* place = p.out + task().out + (row() % 64 + 8 * r) * p.o_ss;
-      if (p.o_vec) {
-        store_row<kHeadDim>(place, quad(), query(r) < p.seqlen_q,
-                            [&](int j) { return to_io2(o[4 * j + 2 * r], o[4 * j + 2 * r + 1]); });
-      } else if (query(r) < p.seqlen_q) {
+      if (query(r) < p.seqlen_q) {
 #pragma unroll
         for (int i = 0; i < kHeadDim / 4; ++i) {
           const int d = 8 * (i / 2) + 2 * quad() + i % 2;
           if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
         }
       }
+    }
+  }
+
+  // Stores the warp's 16 rows of O, half of the channels at a time, by way of the shared memory of its own queries:
+  // each row's halves as a whole, 16 bytes per lane.
+  __device__ __forceinline__ void store_rows() {
+    constexpr int kChunks = kHeadDim / 16;  // of 16 bytes, in half a row
+    constexpr int kRowsAtATime = 32 / kChunks;
+    const uint32_t lane = thread_index() % 32, first = row() % 64 - lane / 4;
+    const uint32_t staged = shared_address(&s.q[(row() - lane / 4) * kHeadDim]);
+    auto at = [&](uint32_t r, uint32_t chunk) { return staged + r * kHeadDim + swizzled<kHeadDim>(chunk, r) * 16; };
+    const uint32_t r = lane / kChunks, chunk = lane % kChunks;
+    uint16_t* place = p.out + task().out + (first + r) * p.o_ss + chunk * 8;
+    const int left = p.seqlen_q - task().row - static_cast<int>(first + r);  // rows from this lane's first one on
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int j = half * kChunks; j < (half + 1) * kChunks; j += 2) {
+        uint32_t x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = to_io2(o[4 * j + 2 * i], o[4 * j + 2 * i + 1]);
+        store_matrices(at(lane % 16, j % kChunks + lane / 16), x);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < kChunks / 2; ++i) {
+        uint32_t x[4];
+        load_shared(x, at(i * kRowsAtATime + r, chunk));
+        if (i * kRowsAtATime < left) store16(place + i * kRowsAtATime * p.o_ss + half * kHeadDim / 2, x);
+      }
+      __syncwarp();
     }
   }
 

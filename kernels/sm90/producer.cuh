@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer: one thread that feeds the blocks of K and V.
+// The producer: one warp that feeds the blocks of K and V.
 #pragma once
 
 #include "ptx/bulk.cuh"
+#include "ptx/elect.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -17,7 +18,7 @@ __device__ __forceinline__ void write_ones(Shared& s) {
   fence_async_shared();
 }
 
-// Starts the copy of a block of V, `block` of head `head_kv`, to a stage.
+// Starts the copy of a block of V, `block` of head `head_kv`, to a stage. One lane calls it.
 __device__ __forceinline__ void load_v(const Params& p, int8_t* stage, int head_kv, int block, uint32_t full) {
   mbarrier_arrive_expect(full, kVTileBytes);
   if constexpr (kV == V::kIo) {
@@ -45,14 +46,16 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
       if (step < blocks) {
         int64_t block = static_cast<int64_t>(head_kv) * p.blocks + tile.end - 1 - step;
         mbarrier_wait(shared_address(&s.empty_k[k.stage]), k.parity ^ 1);
-        uint32_t full = shared_address(&s.full_k[k.stage]);
-        mbarrier_arrive_expect(full, kTileBytes);
-        bulk_load(shared_address(s.k[k.stage]), p.k8 + block * kTileBytes, kTileBytes, full);
+        if (elect_one()) {
+          uint32_t full = shared_address(&s.full_k[k.stage]);
+          mbarrier_arrive_expect(full, kTileBytes);
+          bulk_load(shared_address(s.k[k.stage]), p.k8 + block * kTileBytes, kTileBytes, full);
+        }
         k.advance();
       }
       if (step > 0) {
         mbarrier_wait(shared_address(&s.empty_v[v.stage]), v.parity ^ 1);
-        load_v(p, s.v[v.stage], head_kv, tile.end - step, shared_address(&s.full_v[v.stage]));
+        if (elect_one()) load_v(p, s.v[v.stage], head_kv, tile.end - step, shared_address(&s.full_v[v.stage]));
         v.advance();
       }
     }

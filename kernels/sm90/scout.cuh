@@ -38,14 +38,24 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
 // Starts to copy 64 queries of a head, from `row` on, to `raw`; zeros stand for those there are not.
 __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int head, int row) {
   constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row
-  int step = 32 / kChunks;               // rows at a time
-  forget(step);                          // its product with the stride would be kept, and registers are short
+  constexpr int kStep = 32 / kChunks;    // rows at a time
   const int lane = thread_index() % 32, last = p.seqlen_q - row;
   const uint16_t* source = queries_of(p, head, row + lane / kChunks) + lane % kChunks * 8;
+  uint32_t place = shared_address(raw + lane);
+  if (last >= 64) {
+#pragma unroll 4
+    for (int r = 0; r < 64; r += kStep) {
+      async_copy16(place, source);
+      place += 512;
+      source += kStep * p.q_ss;
+    }
+    return;
+  }
 #pragma unroll 1
-  for (int r = lane / kChunks; r < 64; r += step) {
-    async_copy16(shared_address(raw + r * kChunks + lane % kChunks), r < last ? source : p.q, r < last);
-    source += step * p.q_ss;
+  for (int r = lane / kChunks; r < 64; r += kStep) {
+    async_copy16(place, r < last ? source : p.q, r < last);
+    place += 512;
+    source += kStep * p.q_ss;
   }
 }
 
