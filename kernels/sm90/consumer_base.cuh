@@ -109,22 +109,8 @@ struct ConsumerBase {
 
   // This thread's keys of a block that hold an infinity or a NaN, bits as in keys_beyond().
   __device__ __forceinline__ uint32_t bad_keys(int block) {
-    if (!task().k_bad) return 0;
-    return p.k_bad[(static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad()];
-  }
-
-  // Masks the bad keys of row r; whether a visible one has a score of +inf or NaN.
-  static __device__ __forceinline__ bool mask_bad_keys(Scores& scores, int r, uint32_t bad, int behind) {
-    bool undefined = false;
-#pragma unroll
-    for (int n = 0; n < kBlock / 4; ++n) {
-      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
-      if (!(bad >> n & 1)) continue;
-      if (n / 2 * 8 + n % 2 < behind) undefined = undefined || x >= 0;
-      x = kMasked;
-    }
-    pin(scores);
-    return undefined;
+    const int* bad = task().bad_keys;
+    return bad == nullptr ? 0 : __ldg(bad + 4 * block + quad());
   }
 
   // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
@@ -132,15 +118,23 @@ struct ConsumerBase {
   __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
     int limit = p.seqlen_k - block * kBlock;
     if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
-    const int behind = limit - 2 * static_cast<int>(quad());  // the limit, from this thread's first key on
-    undefined = false;
-    if (__any_sync(~0u, bad != 0)) undefined = mask_bad_keys(scores, r, bad, behind);
+    limit -= 2 * quad();  // of this thread's keys
 #pragma unroll
     for (int n = 0; n < kBlock / 4; ++n) {
-      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
-      if (n / 2 * 8 + n % 2 >= behind) x = kMasked;
+      if (n / 2 * 8 + n % 2 >= limit) scores[n / 2 * 4 + 2 * r + n % 2] = kMasked;
     }
     pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
+    undefined = false;
+    if (__any_sync(~0u, bad != 0)) {
+#pragma unroll
+      for (int n = 0; n < kBlock / 4; ++n) {
+        int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+        if (!(bad >> n & 1)) continue;
+        undefined = undefined || x >= 0;
+        x = kMasked;
+      }
+      pin(scores);
+    }
     return row_top(scores, r);
   }
 

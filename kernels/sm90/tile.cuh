@@ -115,9 +115,10 @@ struct Task {
   int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
   int end;      // range of the blocks that it sees, from the last one down
   int begin;
-  int masked;        // how many of them need masks, the last ones
-  int k_bad, v_bad;  // the head's K or V holds an infinity or a NaN
-  int64_t out;       // where the first query's row of the output is
+  int masked;           // how many of them need masks, the last ones
+  int v_bad;            // the head's V holds an infinity or a NaN
+  const int* bad_keys;  // of the head, bits by block and quad, or null
+  int64_t out;          // where the first query's row of the output is
 };
 
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
