@@ -6,6 +6,13 @@
 
 namespace sagert {
 
+__device__ __forceinline__ int stage_of(int slot) { return slot & (kStages - 1); }
+
+// Where the last keys' values of a slot stand.
+__device__ __forceinline__ uint32_t tail_at(uint32_t base, int slot) {
+  return SAGERT_AT(base, v_tail) + (slot & (kTails - 1)) * kTailBytes;
+}
+
 struct Copies {
   const Params& p;
   const uint32_t base;  // of shared memory
@@ -30,17 +37,18 @@ struct Copies {
     if constexpr (kV == V::kInt8) s.head_v_scale = p.v_scale + block * kHeadDim;
   }
 
-  // Keys, values and scales of `step` to `stage`; zeros in front of the first step. Of 16-bit V the step may lack keys
+  // Keys, values and scales of `step` to its slot; zeros in front of the first step. Of 16-bit V the step may lack keys
   // only where `ragged`: zeros then, too.
   template <bool ragged>
-  __device__ __forceinline__ void copy(int step, int stage) const {
+  __device__ __forceinline__ void copy(int step, int slot) const {
     const bool inside = step >= 0;
+    const int stage = stage_of(slot);
     const int8_t* k = load_shared_pointer<int8_t>(SAGERT_AT(base, head_k)) + static_cast<int64_t>(step) * kKTileBytes;
     copy_tile<kKTileBytes>(SAGERT_AT(base, k) + stage * kKTileBytes, k, inside);
     const int8_t* v = load_shared_pointer<int8_t>(SAGERT_AT(base, head_v));
     const uint32_t v_tile = SAGERT_AT(base, v) + stage * kVTileBytes;
     if constexpr (kRowsOfV) {
-      copy_rows<ragged>(v_tile, v, step);
+      copy_rows<ragged>(v_tile, tail_at(base, slot), v, step);
     } else {
       copy_tile<kVTileBytes>(v_tile, v + static_cast<int64_t>(step) * kVTileBytes, inside);
     }
@@ -51,26 +59,29 @@ struct Copies {
   template <int bytes>
   __device__ __forceinline__ void copy_tile(uint32_t to, const int8_t* from, bool inside) const {
     static_assert(bytes % (16 * kThreads) == 0, "uneven copies");
+    to += thread * 16, from += thread * 16;
 #pragma unroll
     for (int i = 0; i < bytes / (16 * kThreads); ++i) {
-      async_copy16(to + (i * kThreads + thread) * 16, from + (i * kThreads + thread) * 16, inside);
+      async_copy16(to + i * kThreads * 16, from + i * kThreads * 16, inside);
     }
   }
 
-  // Chunks of 128 bytes of a row are swizzled by themselves: eight keys' chunks stand on different banks.
+  // Chunks of 128 bytes of a row are swizzled by themselves: eight keys' chunks stand on different banks. The last keys
+  // go to `tail`.
   template <bool ragged>
-  __device__ __forceinline__ void copy_rows(uint32_t to, const int8_t* from, int step) const {
+  __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t tail, const int8_t* from, int step) const {
     constexpr int kChunks = kVRowBytes / 16, kRowsAtATime = kThreads / kChunks;
-    static_assert(kStep % kRowsAtATime == 0 && kRowsAtATime % 8 == 0, "uneven copies");
+    static_assert((kStep - kTailKeys) % kRowsAtATime == 0 && kRowsAtATime % 8 == 0, "uneven copies");
     const unsigned c = thread % kChunks, r = thread / kChunks;
-    to += r * kVRowBytes + c / 8 * 128 + (c % 8 ^ r % 8) * 16;
+    const uint32_t place = r * kVRowBytes + c / 8 * 128 + (c % 8 ^ r % 8) * 16;
     const uint32_t stride = 2 * static_cast<uint32_t>(p.v_ss);  // the host copies V whose rows are 4 GiB apart
     from += static_cast<uint64_t>(step * kStep + r) * stride + c * 16;
 #pragma unroll
-    for (int i = 0; i < kStep / kRowsAtATime; ++i) {
+    for (int row = 0; row < kStep; row += kRowsAtATime) {
       bool inside = step >= 0 && (kChannels == kHeadDim || c * 8 < kChannels);
-      if (ragged) inside = inside && static_cast<int>(step * kStep + r) + i * kRowsAtATime < p.seqlen_k;
-      async_copy16(to + i * kRowsAtATime * kVRowBytes, from, inside);
+      if (ragged) inside = inside && static_cast<int>(step * kStep + r) + row < p.seqlen_k;
+      const int behind = row - (kStep - kTailKeys);
+      async_copy16(place + (behind < 0 ? to + row * kVRowBytes : tail + behind * kVRowBytes), from, inside);
       from += kRowsAtATime * stride;
       forget(from);  // one addition each, not a product
     }

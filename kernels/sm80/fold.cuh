@@ -14,9 +14,10 @@ namespace sagert {
 
 constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalf1024 = 0x6400u;   // fp16 with a last bit of 1
-constexpr int kParts = kStep / 32;        // of 32 keys, that an instruction takes
-using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
+constexpr uint32_t kHalf1024 = 0x6400u;       // fp16 with a last bit of 1
+constexpr bool kRowFirst = kChannels <= 128;  // registers are too short for it beyond
+constexpr int kParts = kStep / 32;            // of 32 keys, that an instruction takes
+using Weights = uint32_t[kParts][kM][4];      // A fragments of P V
 
 struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
@@ -55,15 +56,19 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     if (__any_sync(~0u, !within | (!kInt4 && unit() > kCoarse))) {
 #pragma unroll
       for (int r = 0; r < kR; ++r) advance_unit(r, highest[r]);
+      __syncwarp();  // all four lanes of a row have read the maximum
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       if (!kInt4 && __any_sync(~0u, unit() > kCoarse)) {
 #pragma unroll
         for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), own_highest(r) - highest[r] + kLog2PMax);
       }
     }
-    // A byte's unit, relative to the maximum that O refers to.
+    // A byte's unit, relative to the maximum that O refers to, with two bits less: kRound times it is exact.
 #pragma unroll
-    for (int r = 0; r < kR; ++r) weight[r] = exp2_approx(highest[r] + b[r]) * kPStep;
+    for (int r = 0; r < kR; ++r) {
+      weight[r] = exp2_approx(highest[r] + b[r]) * kPStep;
+      if constexpr (kRowFirst) weight[r] = __uint_as_float(__float_as_uint(weight[r]) & ~3u);
+    }
     if ((t & 3) == 0) store_shared(SAGERT_AT(rows, weight), weight);
     __syncwarp();
   }
@@ -80,9 +85,8 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     }
   }
 
-  // Bytes of register `i` of the A fragment of a part, and their sum. In fp16, where 1024 is added, the last bits are
-  // the integer.
-  __device__ __forceinline__ void weigh(int part, int m, int i, uint32_t& bytes) {
+  // Bytes of register `i` of the A fragment of a part. In fp16, where 1024 is added, the last bits are the integer.
+  __device__ __forceinline__ void weigh(int part, int m, int i) {
     const int r = 2 * m + i % 2;
     uint32_t pairs[2];
 #pragma unroll
@@ -93,31 +97,36 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       pairs[n] = half2_add(to_fp16x2(first, second), kHalf1024 << 16 | kHalf1024);
     }
     weights[part][m][i] = __byte_perm(pairs[0], pairs[1], 0x6420);
-    bytes = __dp4a(weights[part][m][i], 0x01010101u, bytes);
   }
 
-  __device__ __forceinline__ void weigh_all(float (&weight)[kR]) {
+  // As Warp::hold(), which the sums come too late for.
+  __device__ __forceinline__ void hold() const {
+    if (__any_sync(~0u, weights[kParts - 1][kM - 1][3] == ~0u)) __nanosleep(1);
+  }
+
+  // Adds the bytes to the rows' sums.
+  __device__ __forceinline__ void sum_weights(const float (&weight)[kR]) {
     uint32_t bytes[kR];
 #pragma unroll
     for (int r = 0; r < kR; ++r) bytes[r] = kMagic;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 4 * kM; ++i) weigh(part, i / 4, i % 4, bytes[i / 4 * 2 + i % 2]);
+      for (int i = 0; i < 4 * kM; ++i) {
+        uint32_t& x = bytes[i / 4 * 2 + i % 2];
+        x = __dp4a(weights[part][i / 4][i % 4], 0x01010101u, x);
+      }
     }
-    int t = threadIdx.x;
-    forget(t);
-    load_shared(weight, SAGERT_AT(base, weight) + (t >> 2) * (4 * kR));
 #pragma unroll
     for (int r = 0; r < kR; ++r) sum[r] = fmaf(__uint_as_float(bytes[r]) - kRound, weight[r], sum[r]);
   }
 
-  // Products of 8 channels, from kRound on, to O.
+  // Products of 8 channels, from kRound on, to O. With the row's factor first, what kRound gives is the same for all
+  // channels.
   __device__ __forceinline__ void multiply_v(int j, uint32_t address, uint32_t scales, const float (&weight)[kR]) {
     uint32_t fragments[4];
     load_matrices(fragments, address + j * 8 * kVRowBytes);
     const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
-    const float offset[2] = {-kRound * scale[0], -kRound * scale[1]};
     constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
     int32_t products[kM][4];
 #pragma unroll
@@ -130,21 +139,30 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        // kRound times a scale in bf16 is exact.
-        const float x = fmaf(__int_as_float(products[m][i]), scale[i % 2], offset[i % 2]);
-        o[m][j][i] = fmaf(x, weight[2 * m + i / 2], o[m][j][i]);
+        const float x = __int_as_float(products[m][i]), w = weight[2 * m + i / 2], v = scale[i % 2];
+        if constexpr (kRowFirst) {  // both products with kRound are exact, the scale's in bf16 too
+          o[m][j][i] = fmaf(fmaf(x, w, -kRound * w), v, o[m][j][i]);
+        } else {
+          o[m][j][i] = fmaf(fmaf(x, v, -kRound * v), w, o[m][j][i]);
+        }
       }
     }
   }
 
-  __device__ __forceinline__ void attend_step(int step, int stage) {
+  __device__ __forceinline__ void attend_step(int step, int slot) {
     const float k_scale = load_k_scale(step);
+    const int stage = stage_of(slot);
     multiply_k(stage);
     mask(step);
     reduce_step(stage, k_scale);
+#pragma unroll
+    for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i / 4 % kM, i % 4);
+    if constexpr (kChannels > 64) hold();
+    int t = threadIdx.x;
+    forget(t);
     float weight[kR];
-    weigh_all(weight);
-    hold();
+    load_shared(weight, SAGERT_AT(base, weight) + (t >> 2) * (4 * kR));
+    sum_weights(weight);
     const uint32_t v_address = v_lane(stage);
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
 #pragma unroll
@@ -153,7 +171,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       load_shared(four, scales + j * 16);
 #pragma unroll
       for (int i = 0; i < 4; ++i) multiply_v(j + i, v_address, __float_as_uint(four[i]), weight);
-      if (j == 0) copy_next(step - kAhead);
+      if (j == 0) copy_next(step, slot);
     }
   }
 };

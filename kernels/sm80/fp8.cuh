@@ -54,8 +54,9 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
     }
   }
 
-  __device__ __forceinline__ void attend_step(int step, int stage) {
+  __device__ __forceinline__ void attend_step(int step, int slot) {
     const float k_scale = load_k_scale(step);
+    const int stage = stage_of(slot);
     multiply_k(stage);
     mask(step);
     reduce(stage, k_scale);
@@ -69,7 +70,7 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       multiply_v(j, v_address);
-      if (j == 2) copy_next(step - kAhead);
+      if (j == 2) copy_next(step, slot);
     }
   }
 };

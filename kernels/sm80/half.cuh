@@ -53,8 +53,9 @@ struct HalfWarp : SerialWarp<HalfWarp> {
     }
   }
 
-  __device__ __forceinline__ void attend_step(int step, int stage) {
+  __device__ __forceinline__ void attend_step(int step, int slot) {
     const float k_scale = load_k_scale(step);
+    const int stage = stage_of(slot);
     multiply_k(stage);
     mask(step);
     reduce(stage, k_scale);
@@ -68,7 +69,7 @@ struct HalfWarp : SerialWarp<HalfWarp> {
 #pragma unroll
     for (int unit = 0; unit < kChannelTiles / 2; ++unit) {
       multiply_v(unit, v_address);
-      if (unit == 1) copy_next(step - kAhead);
+      if (unit == 1) copy_next(step, slot);
     }
   }
 };

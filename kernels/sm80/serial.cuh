@@ -7,12 +7,10 @@
 
 namespace sagert {
 
-// `Schedule` has attend_step(step, stage), which calls copy_next(step - kAhead).
+// `Schedule` has attend_step(step, slot), which calls copy_next(), and may have start() and finish().
 template <typename Schedule>
 struct SerialWarp : Warp {
   using Warp::Warp;
-
-  static __device__ __forceinline__ int stage_of(int step) { return step & (kStages - 1); }
 
   __device__ __forceinline__ Copies copies() const {
     int thread = threadIdx.x;
@@ -20,20 +18,24 @@ struct SerialWarp : Warp {
     return {p, base, static_cast<unsigned>(thread)};
   }
 
-  __device__ __forceinline__ void copy_next(int step) {
-    copies().copy<false>(step, stage_of(step));
+  // Of the step that comes kAhead later.
+  __device__ __forceinline__ void copy_next(int step, int slot) {
+    copies().copy<false>(step - kAhead, slot + kAhead * kNextSlot);
     async_copy_commit();
   }
+
+  __device__ __forceinline__ void start(int) {}
+  __device__ __forceinline__ void finish() {}
 
   __device__ __forceinline__ void attend() {
     if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
     __syncthreads();
     float scale[kR];
     if (!p.q_vec) stage_all(scale);
-    int step = s.tile.steps - 1;
+    int step = s.tile.steps - 1, slot = kNextSlot < 0 ? step : 0;
 #pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
-      copies().copy<true>(step - i, stage_of(step - i));
+      copies().copy<true>(step - i, slot + i * kNextSlot);
       async_copy_commit();
     }
     begin(scale);
@@ -41,21 +43,24 @@ struct SerialWarp : Warp {
     const bool v_bad = kV == V::kIo && is_bad(1);
     store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
     __syncwarp();
+    Schedule& schedule = *static_cast<Schedule*>(this);
+    schedule.start(slot);
 #pragma unroll 1
-    for (; step >= 0; --step) {
+    for (; step >= 0; --step, slot += kNextSlot) {
       async_copy_wait_group<kAhead - 1>();
       __syncthreads();
       if (v_bad) {
-        clear_nonfinite(stage_of(step));
+        clear_nonfinite(slot);
         __syncthreads();
       }
       if (sees(step)) {
-        static_cast<Schedule*>(this)->attend_step(step, stage_of(step));
+        schedule.attend_step(step, slot);
       } else {
-        copy_next(step - kAhead);
+        copy_next(step, slot);
       }
     }
     async_copy_wait_group<0>();
+    schedule.finish();
     load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
     write();
   }

@@ -31,7 +31,10 @@ constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
 constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
 constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel
 constexpr int kKRowBytes = k_row_bytes(kHeadDim), kKTileBytes = kStep * kKRowBytes;
-constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * kStep * kHeadDim;
+// V that stays in 16 bits: products of a step's last keys are added in the next step, so their values stay longer.
+constexpr int kTailKeys = kV == V::kIo ? 16 : 0, kTails = 4;
+constexpr int kTailBytes = kTailKeys * kVRowBytes;
+constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * (kStep - kTailKeys) * kHeadDim;
 
 constexpr int kRingBytes = kStages * (kKTileBytes + kVTileBytes), kStagedBytes = 2 * 16 * kWarps * kChannels;
 
@@ -85,6 +88,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
 struct alignas(128) Shared {
   int8_t k[kStages][kKTileBytes];
   int8_t v[kStages][kVTileBytes];
+  int8_t v_tail[kTailKeys == 0 ? 1 : kTails][kTailKeys == 0 ? 16 : kTailBytes];
   int8_t rest[kStagedBytes > kRingBytes ? kStagedBytes - kRingBytes : 16];  // of queries that wait to be quantized
   uint16_t v_scale[kV == V::kInt8 ? kStages : 1][kV == V::kInt8 ? kHeadDim : 8];
   float bias[kInt4 ? kStages : 1][kInt4 ? kStep : 4];
@@ -102,6 +106,8 @@ struct alignas(128) Shared {
 // Addresses of what the loop over the keys reads, from the register that holds the address of all.
 #define SAGERT_AT(base, member) \
   ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
+// Steps' places in the rings follow one another, downwards as the steps do or upwards: registers suffice for one way.
+constexpr int kNextSlot = kTailKeys != 0 ? -1 : 1;
 static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");
 
 }  // namespace sagert

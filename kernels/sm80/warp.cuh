@@ -132,7 +132,8 @@ struct Warp {
   }
 
   // As reduce(), when the scores have the unit of the exponent.
-  __device__ __forceinline__ void reduce_biased() {
+  template <typename F>
+  __device__ __forceinline__ void reduce_biased(F scale_weights) {
     int t = threadIdx.x;
     forget(t);
     float x[kR];
@@ -148,23 +149,30 @@ struct Warp {
     for (int r = 0; r < kR; ++r) within = within & x[r] + b[r] <= kLargest;
     if (__any_sync(~0u, !within)) {
 #pragma unroll
-      for (int r = 0; r < kR; ++r) advance_maximum(r, x[r]);
+      for (int r = 0; r < kR; ++r) advance_maximum(r, x[r], scale_weights);
+      __syncwarp();  // all four lanes of a row have read the maximum
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       __syncwarp();
     }
   }
 
-  // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them.
-  __device__ __forceinline__ void reduce(int stage, float k_scale) {
+  // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them;
+  // scale_weights(r, alpha) then, for weights of row r that O lacks.
+  template <typename F>
+  __device__ __forceinline__ void reduce(int stage, float k_scale, F scale_weights) {
     if constexpr (kInt4) {
       add_bias(stage, k_scale);
-      reduce_biased();
+      reduce_biased(scale_weights);
     } else {
-      reduce_integers(k_scale);
+      reduce_integers(k_scale, scale_weights);
     }
   }
+  __device__ __forceinline__ void reduce(int stage, float k_scale) {
+    reduce(stage, k_scale, [](int, float) {});
+  }
 
-  __device__ __forceinline__ void reduce_integers(float k_scale) {
+  template <typename F>
+  __device__ __forceinline__ void reduce_integers(float k_scale, F scale_weights) {
     int t = threadIdx.x;
     forget(t);
     float q_scale[kR], x[kR];
@@ -183,8 +191,9 @@ struct Warp {
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         const int top = row_top(r);
-        advance_maximum(r, top == kMasked ? kLowest : scaled(r, top));
+        advance_maximum(r, top == kMasked ? kLowest : scaled(r, top), scale_weights);
       }
+      __syncwarp();  // all four lanes of a row have read the maximum
       if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
       __syncwarp();
       if (__any_sync(~0u, unit() > kCoarse)) {
@@ -198,11 +207,13 @@ struct Warp {
   __device__ __forceinline__ float scaled(int r, int bits) const { return (__int_as_float(bits) - kRound) * c[r]; }
 
   // `largest`: of the lane's scores of row r, in the unit of the exponent.
-  __device__ __forceinline__ void advance_maximum(int r, float largest) {
+  template <typename F>
+  __device__ __forceinline__ void advance_maximum(int r, float largest, F scale_weights) {
     const float highest = quad_max(largest);
     const float next = highest + b[r] <= kLargest ? b[r] : __fsub_rd(kAtMaximum, highest);
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
+    scale_weights(r, alpha);
     sum[r] *= alpha;
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
@@ -227,12 +238,14 @@ struct Warp {
 
   // What this lane gives ldmatrix of the keys and the values of a stage.
   __device__ __forceinline__ uint32_t k_lane(int stage) const {
-    const unsigned lane = thread() % 32, key = lane % 8;
-    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kKRowBytes + swizzled<kKRowBytes>(lane / 8, key) * 16;
+    const unsigned lane = thread() % 32, key = lane / 16 * 8 + lane % 8;
+    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kKRowBytes + swizzled<kKRowBytes>(lane / 8 % 2, key) * 16;
   }
   __device__ __forceinline__ uint32_t v_lane(int stage) const {
+    return v_lane_at(SAGERT_AT(base, v) + stage * kVTileBytes);
+  }
+  static __device__ __forceinline__ uint32_t v_lane_at(uint32_t tile) {
     const unsigned lane = thread() % 32, key = lane % 8;
-    const uint32_t tile = SAGERT_AT(base, v) + stage * kVTileBytes;
     if constexpr (kRowsOfV) return tile + lane % 16 * kVRowBytes + (lane / 16 ^ key) * 16;
     return tile + key * kVRowBytes + swizzled<kVRowBytes == 64 ? 64 : 128>(lane / 8, key) * 16;
   }
@@ -301,59 +314,50 @@ struct Warp {
 
   // Q K^T of a step's keys in `stage`.
   __device__ __forceinline__ void multiply_k(int stage) {
-    constexpr int own = kQueryParts - kQueryPartsShared;
-    multiply_k_parts<0, own>(stage, q);
-    if constexpr (kQueryPartsShared != 0) multiply_k_shared<own>(stage);
-  }
-
-  // The same of channels whose queries stand in shared memory, from part `first` on.
-  template <int first>
-  __device__ __forceinline__ void multiply_k_shared(int stage) {
+    const uint32_t address = k_lane(stage);
     int t = threadIdx.x;
     forget(t);
-    constexpr int last = first + 2 < kQueryParts ? first + 2 : kQueryParts;
-    QueryFragments two;
+    const uint32_t place = SAGERT_AT(base, q) + t * 16;
 #pragma unroll
-    for (int k = first; k < last; ++k) {
+    for (int k = 0; k < kQueryParts; ++k) {
+      constexpr int own = kQueryParts - kQueryPartsShared;
+      uint32_t a[kM][4];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        const int place = (k - kQueryParts + kQueryPartsShared) * kM + m;
-        load_shared(two[m][k], SAGERT_AT(base, q) + (place * kThreads + t) * 16);
+        if (k < own) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = q[m][k][i];
+        } else {
+          load_shared(a[m], place + ((k - own) * kM + m) * (kThreads * 16));
+        }
       }
+      multiply_k_part(k, address, a);
     }
-    multiply_k_parts<first, last>(stage, two);
-    if constexpr (last < kQueryParts) multiply_k_shared<last>(stage);
   }
 
-  template <int first, int last>
-  __device__ __forceinline__ void multiply_k_parts(int stage, const QueryFragments& queries) {
-    static_assert(first % 2 == 0, "a load brings two parts of 8 keys");
-    const uint32_t address = k_lane(stage);
-    constexpr int kGroup = kHeadDim == 64 ? 4 : 2;  // fragments of keys at a time
+  // The same of one part of the channels.
+  __device__ __forceinline__ void multiply_k_part(int k, uint32_t address, const uint32_t (&a)[kM][4]) {
+    constexpr int kLoads = 2;  // of 16 keys, at a time
 #pragma unroll
-    for (int group = 0; group < kStepTiles; group += kGroup) {
+    for (int n = 0; n < kStepTiles; n += 2 * kLoads) {
+      uint32_t fragments[2 * kLoads][2];
 #pragma unroll
-      for (int k = first; k < last; k += 2) {
-        uint32_t fragments[kGroup][4];
+      for (int i = 0; i < kLoads; ++i) {
+        uint32_t x[4];
+        load_matrices(x, (address ^ k * 32) + (n + 2 * i) * 8 * kKRowBytes);
+        fragments[2 * i][0] = x[0], fragments[2 * i][1] = x[1];
+        fragments[2 * i + 1][0] = x[2], fragments[2 * i + 1][1] = x[3];
+      }
 #pragma unroll
-        for (int n = 0; n < kGroup; ++n) {
-          load_matrices(fragments[n], (address ^ k / 2 * 64) + (group + n) * 8 * kKRowBytes);
-        }
+      for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int i = 0; i < 2 && k + i < last; ++i) {
-#pragma unroll
-          for (int n = 0; n < kGroup; ++n) {
-#pragma unroll
-            for (int m = 0; m < kM; ++m) {
-              constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
-              const uint32_t (&a)[4] = queries[m][k + i];
-              int32_t (&d)[4] = scores[m][group + n];
-              if (k + i == 0) {
-                multiply(d, a, fragments[n][0], fragments[n][1], magic);
-              } else {
-                multiply(d, a, fragments[n][2 * i], fragments[n][2 * i + 1], d);
-              }
-            }
+        for (int i = 0; i < 2 * kLoads; ++i) {
+          constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+          int32_t (&d)[4] = scores[m][n + i];
+          if (k == 0) {
+            multiply(d, a[m], fragments[i][0], fragments[i][1], magic);
+          } else {
+            multiply(d, a[m], fragments[i][0], fragments[i][1], d);
           }
         }
       }
@@ -480,20 +484,26 @@ struct Warp {
     }
   }
 
-  // Zeroes the infinities and NaN of a stage's 16-bit V, which would reach even queries that do not see them;
+  // Zeroes the infinities and NaN of a step's 16-bit V, which would reach even queries that do not see them;
   // add_nonfinite() gives them to those that do.
-  __device__ __forceinline__ void clear_nonfinite(int stage) {
+  __device__ __forceinline__ void clear_nonfinite(int slot) {
+    clear_nonfinite<kVTileBytes>(s.v[stage_of(slot)]);
+    if constexpr (kTailKeys != 0) clear_nonfinite<kTailBytes>(s.v_tail[slot & (kTails - 1)]);
+  }
+
+  template <int bytes>
+  static __device__ __forceinline__ void clear_nonfinite(int8_t* values) {
     constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
     auto clear = [](uint32_t& pair) {
       if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
       if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
     };
-    uint4* tile = reinterpret_cast<uint4*>(s.v[stage]);
+    uint4* vectors = reinterpret_cast<uint4*>(values);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kVTileBytes / 16; i += kThreads) {
-      uint4 x = tile[i];
+    for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
+      uint4 x = vectors[i];
       clear(x.x), clear(x.y), clear(x.z), clear(x.w);
-      tile[i] = x;
+      vectors[i] = x;
     }
   }
 
