@@ -159,6 +159,7 @@ void pass_smooth_q(Sink& sink, const Plan& plan) {
   sink.pointer("Q", args.q.data);
   sink.pointer("K", args.k.data);
   sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("HeadFlags", plan.kv_at(plan.head_flags));
   sink.pointer("QMean", plan.call_at(plan.q_mean));
   sink.pointer("Bias", plan.call_at(plan.bias));
   sink.fp32("scale_log2", static_cast<float>(args.scale * kLog2E));

@@ -21,6 +21,13 @@ __device__ __forceinline__ void stage_queries(const Params& p, const uint16_t* q
   __syncwarp();
 }
 
+// Low nibble: an INT4 code; with `nonzero` 1 or -1 of the value's sign where it would be 0 though the value is not.
+__device__ __forceinline__ uint32_t to_int4(float x, float inverse, bool nonzero) {
+  const uint32_t code = to_int8(x, inverse);
+  if (!nonzero || (code & 15) != 0 || x == 0.f) return code;
+  return (__float_as_int(x) ^ __float_as_int(inverse)) < 0 ? 15u : 1u;
+}
+
 // Row r of the tile in INT4, less the mean of its block; else as quantize_row().
 __device__ __forceinline__ float quantize_row_int4(const Params& p, const Tile& tile, const uint16_t* row, bool inside,
                                                    int quad, int r, QueryFragments& q, int m, int h,
@@ -28,6 +35,8 @@ __device__ __forceinline__ float quantize_row_int4(const Params& p, const Tile& 
   constexpr int kVectors = kQueryParts * 2;  // of 8 channels, that a lane has of a row
   const int64_t block = static_cast<int64_t>(tile.head) * p.q_blocks + tile.row / p.q_block_rows;
   const uint16_t* mean = p.q_mean + block * kHeadDim;
+  // A value against an infinity in K is to keep its sign.
+  const bool k_bad = __ldg(p.head_flags + tile.head / p.group * 2) != 0;
   float x[kVectors][8], amax = 0.f, product = 0.f;
   bool finite = true;
 #pragma unroll
@@ -56,7 +65,7 @@ __device__ __forceinline__ float quantize_row_int4(const Params& p, const Tile& 
   for (int i = 0; i < kVectors; ++i) {
     uint32_t codes[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) codes[j] = to_int8(x[i][j], inverse);
+    for (int j = 0; j < 8; ++j) codes[j] = to_int4(x[i][j], inverse, k_bad);
     q[m][i / 2][i % 2 * 2 + h] = pack_nibbles(codes);
   }
   product = row_sum(product);

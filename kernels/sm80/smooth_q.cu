@@ -83,20 +83,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 
 }  // namespace sagert
 
-// Grid: ceil(q_blocks / 16) * B * H. QMean [B * H, q_blocks, D], Bias [B * H, q_blocks, blocks * 64] in the unit of the
-// exponent, 0 where a key is absent or not finite.
+// Grid: ceil(q_blocks / 16) * B * H. QMean [B * H, q_blocks, D], 0 in heads whose K is not finite, Bias [B * H,
+// q_blocks, blocks * 64] in the unit of the exponent, 0 where a key is absent or not finite.
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
-    smooth_q(const uint16_t* Q, const uint16_t* K, const float* KShift, uint16_t* QMean, float* Bias, float scale_log2,
-             int seqlen_q, int seqlen_k, int blocks, int heads_q, int group, int head_dim, int q_blocks,
-             int q_block_rows, int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t k_sb, int64_t k_sh,
-             int64_t k_ss, int64_t k_sd, int q_vec, int k_vec) {
+    smooth_q(const uint16_t* Q, const uint16_t* K, const float* KShift, const int* HeadFlags, uint16_t* QMean,
+             float* Bias, float scale_log2, int seqlen_q, int seqlen_k, int blocks, int heads_q, int group,
+             int head_dim, int q_blocks, int q_block_rows, int64_t q_sb, int64_t q_sh, int64_t q_ss, int64_t q_sd,
+             int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd, int q_vec, int k_vec) {
   using namespace sagert;
   __shared__ Shared s;
   const int parts = (q_blocks + kMeans - 1) / kMeans;
   const int head = blockIdx.x / parts, first = blockIdx.x % parts * kMeans;
   const int b = head / heads_q, h = head % heads_q, h_kv = h / group;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
-  const Rows q = {Q + b * q_sb + h * q_sh, q_ss, q_sd, seqlen_q, head_dim, q_vec != 0};
+  // Beside infinities in K nothing is taken off: a score's sign is to be that of the query's own value.
+  const bool k_bad = HeadFlags[head / group * 2] != 0;
+  const Rows q = {Q + b * q_sb + h * q_sh, q_ss, q_sd, k_bad ? 0 : seqlen_q, head_dim, q_vec != 0};
   const Rows k = {K + b * k_sb + h_kv * k_sh, k_ss, k_sd, seqlen_k, head_dim, k_vec != 0};
   const float* shift = KShift + static_cast<int64_t>(head / group) * kHeadDim;
   for (int i = warp; i < kMeans; i += kWarps) {

@@ -148,7 +148,8 @@ def test_int4(fake_library, stub, tmp_path, head_dim, seqlen_q, rows):
     assert int(smooth["grid"]) == 16 * ceil(smooth["q_blocks"], 16)
     for name in ("Q", "QMean", "Bias", "q_blocks", "q_block_rows", "scale_log2", "q_ss", "q_vec", "group", "blocks"):
         assert smooth[name] == attend[name], name
-    assert (smooth["K"], smooth["KShift"], smooth["k_sh"]) == (kv["K"], kv["KShift"], kv["k_sh"])
+    for name in ("K", "KShift", "HeadFlags", "k_sh"):
+        assert smooth[name] == kv[name], name
     assert kv["KScale"] - kv["K8"] == 2 * 4 * 1024 * (64 if stored <= 128 else stored // 2)
     assert smooth["Bias"] - smooth["QMean"] >= 16 * smooth["q_blocks"] * stored * 2
     assert WORKSPACE + size >= smooth["Bias"] + 16 * smooth["q_blocks"] * 1024 * 4

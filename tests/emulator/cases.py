@@ -49,6 +49,7 @@ class Case:
     seed: int = 0
     family: str = "mma"
     half_sums: bool = False  # of a row that sums in fp16
+    scale: float | None = None
 
 
 def near_lse_max(case: Case) -> float:
@@ -76,7 +77,7 @@ def attend(path: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     poison = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=q.dtype)
     out, whole = gpu_kit.place(poison, case.memory, gpu_kit.SENTINEL, margin=512)
     options: dict[str, Any] = {"precision": case.precision, "causal": case.causal, "smooth_k": case.smooth_k}
-    made = call.attention(path, q, k, v, out=out, row=row, **options)
+    made = call.attention(path, q, k, v, out=out, row=row, scale=case.scale, **options)
     assert made.status == 0, made.error
     assert made.outside == []
     assert int((whole == gpu_kit.SENTINEL).sum()) >= whole.numel() - out.numel(), "wrote outside the output"
@@ -88,8 +89,9 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     q, k, v = tensors(case)
     made = attend(path, case, q, k, v, row)
     options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
-    exact, exact_lse = gpu_kit.exact(q, k, v, case.causal)
-    near, near_lse = reference.attention(q, k, v, family=case.family, half_sums=case.half_sums, **options)
+    exact, exact_lse = gpu_kit.exact(q, k, v, case.causal, case.scale)
+    options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale}
+    near, near_lse = reference.attention(q, k, v, **options)
     return {
         "finite": float(made.out.isfinite().all() and made.lse.isfinite().all()),
         "near": gpu_kit.relative_l1(made.out, near), "near_lse": float((made.lse - near_lse).abs().max()),
@@ -108,12 +110,12 @@ def bits(path: str, case: Case) -> tuple[list[int], list[int]]:
 def placement(path: str, case: Case, name: str, where: list[tuple[int, ...]], value: float) -> None:
     """With `value` at indices of Q, K or V; AssertionError where NaN or Inf appear elsewhere than exact."""
     q, k, v = made = tensors(case)
-    if name == "k":  # a query value that INT8 rounds to 0 meets Inf as 0 times Inf: keep clear
+    if name == "k" and case.precision.startswith("int8"):  # a value that INT8 rounds to 0 gives NaN: keep clear
         channel = q[..., where[0][3]]
         channel.copy_(torch.where(channel < 0, channel.clamp(max=-0.25), channel.clamp(min=0.25)))
     for index in where:
         made["qkv".index(name)][index] = value
-    want, _ = gpu_kit.exact(q, k, v, case.causal)
+    want, _ = gpu_kit.exact(q, k, v, case.causal, case.scale)
     out = attend(path, case, q, k, v).out
     assert torch.equal(torch.isnan(out), torch.isnan(want)), "NaN elsewhere than in exact attention"
     infinite, finite = torch.isinf(want), torch.isfinite(want)

@@ -22,8 +22,8 @@ SENTINEL = 12345.0
 # whose deviation is hypot(3.0, 3.5) / codes / 12 ** 0.5: 3.0 is a query's largest value, 3.5 that of 16 keys, and there
 # are 127 or 7 codes on either side of 0. That is 0.0105 and 0.19; out of millions some are five deviations off.
 LSE_ERROR_MAX = {"int8": 0.1, "int4": 1.2}
-# Values of Q below it round to 0, or lose their sign when the mean of their block is taken off.
-CLEAR_OF_ZERO = {"int8": 0.25, "int4": 1.0}
+# Values of Q below it round to 0. INT4 leaves them their sign beside infinities.
+CLEAR_OF_ZERO = {"int8": 0.25, "int4": 0.0}
 
 
 @dataclass(frozen=True)
