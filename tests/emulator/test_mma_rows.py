@@ -54,11 +54,12 @@ def test_shapes(rows, precision, shape):
     check(rows, Case(precision, 130, 200, **shape))
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "causal"), [(80, "bf16", 0), (96, "bf16", 0), (200, "fp16", 1), (256, "fp16", 1)]
 )
-def test_head_dims_of_int8_fp16_alone(rows, head_dim, dtype, causal):
-    check(rows, Case("int8_fp16", 130, 200, head_dim, dtype, bool(causal), batch=2))
+def test_head_dims_between_and_beyond(rows, precision, head_dim, dtype, causal):
+    check(rows, Case(precision, 130, 200, head_dim, dtype, bool(causal), batch=2))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
