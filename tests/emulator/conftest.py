@@ -17,8 +17,6 @@ from tests.kit import fake_build
 ROWS = {
     "sm80": ["sm80.mma.int8_fp16", "sm80.mma.int8_int8"],
     "sm80 int4": ["sm80.mma.int4_fp16", "sm80.mma.int4_int8"],
-    "sm86 int4": ["sm86.mma.int4_fp16"],
-    "sm89 int4": ["sm89.mma.int4_fp8"],
     "sm86": ["sm86.mma.int8_fp16"],
     "sm89": ["sm89.mma.int8_fp8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
@@ -29,8 +27,6 @@ CHOSEN = {
         (256, "fp16", True),
     },
     "sm80 int4": {(128, "fp16", False), (64, "bf16", True)},
-    "sm86 int4": {(128, "fp16", False), (64, "bf16", True)},
-    "sm89 int4": {(128, "fp16", False), (64, "bf16", True)},
     "sm86": {(128, "fp16", False), (128, "fp16", True)},
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},

@@ -16,8 +16,8 @@ def run(rows, function, *arguments):
     return rows.run("sm80 int4", function, *arguments)
 
 
-def check(rows, case, arch="sm80 int4"):
-    found = rows.run(arch, cases.figures, case)
+def check(rows, case):
+    found = run(rows, cases.figures, case)
     assert found["finite"], "outputs left unwritten or not finite"
     assert found["near"] <= cases.NEAR[case.precision], found
     assert found["near_lse"] <= cases.near_lse_max(case), found
@@ -75,36 +75,25 @@ def test_no_key(rows, precision):
     assert not any(out)
 
 
-# Where each precision has rows; sums of the last two are in fp16.
-PLACES_OF = {
-    "sm80 int4": ("int4_fp16", "int4_int8"), "sm86 int4": ("int4_fp16",), "sm89 int4": ("int4_fp8",)
-}  # fmt: skip
-SERVED = [(arch, precision) for arch, precisions in PLACES_OF.items() for precision in precisions]
 VARIANTS = [(64, "bf16", True), (128, "fp16", False)]
 
 
-@pytest.mark.parametrize(("arch", "precision"), SERVED[2:])
-@pytest.mark.parametrize(("head_dim", "dtype", "causal"), VARIANTS)
-def test_sums_in_fp16(rows, arch, precision, head_dim, dtype, causal):
-    check(rows, Case(precision, 130, 200, head_dim, dtype, causal, half_sums=True), arch)
-
-
-@pytest.mark.parametrize(("arch", "precision"), SERVED)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("head_dim", "dtype", "causal"), VARIANTS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize(
     ("name", "place"), [("q", (0, 1, 64, 0)), ("k", (0, 0, 0, 3)), ("k", (0, 0, 70, 9)), ("v", (0, 0, 90, 9))]
 )
-def test_nonfinite(rows, arch, precision, head_dim, dtype, causal, value, name, place):
+def test_nonfinite(rows, precision, head_dim, dtype, causal, value, name, place):
     """As in exact attention: queries of a block share a mean, but no infinity and no NaN."""
     case = Case(precision, 140, 140, head_dim, dtype, causal)
-    rows.run(arch, cases.placement, case, name, [place], value)
+    run(rows, cases.placement, case, name, [place], value)
 
 
-@pytest.mark.parametrize(("arch", "precision"), SERVED)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("scale", [None, -0.125])
-def test_infinities_in_k_meet_the_queries_own_values(rows, arch, precision, scale):
+def test_infinities_in_k_meet_the_queries_own_values(rows, precision, scale):
     """Not what is left of them beside their block's mean, nor what INT4 makes of the small ones: their signs decide."""
     case = Case(precision, 300, 140, 64, "bf16", True, q_mean=1.0, scale=scale)
     for place in ((0, 0, 0, 3), (0, 0, 139, 63)):
-        rows.run(arch, cases.placement, case, "k", [place], math.inf)
+        run(rows, cases.placement, case, "k", [place], math.inf)
