@@ -49,12 +49,8 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {
-      mbarrier_init(shared_address(&s.full_k[i]), 1);
-      mbarrier_init(shared_address(&s.empty_k[i]), kConsumerWarps);
-    }
-    for (int i = 0; i < kStagesV; ++i) {
-      mbarrier_init(shared_address(&s.full_v[i]), 1);
-      mbarrier_init(shared_address(&s.empty_v[i]), kConsumerWarps);
+      mbarrier_init(shared_address(&s.full[i]), 1);
+      mbarrier_init(shared_address(&s.empty[i]), kConsumerWarps);
     }
     for (int i = 0; i < kGroups; ++i) {
       mbarrier_init(shared_address(&s.full_q[i]), kScoutArrivals);

@@ -18,7 +18,11 @@ constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
 // Parts of a block: P V of one is issued while the next is exponentiated.
-constexpr int kParts = kHeadDim == 128 ? 2 : kV == V::kIo ? 4 : 1;
+constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
+// Where registers are short the compiler must not move exponentials of one part before those of the other.
+constexpr bool kWall = kHeadDim == 128 && (kV == V::kIo || EXACT_LSE);
+// Where they are shorter still, the queries' scales stay in shared memory.
+constexpr bool kScalesInShared = kHeadDim == 128 && kV == V::kFp8 && EXACT_LSE;
 
 template <int count>
 __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
@@ -32,18 +36,21 @@ __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, u
 struct Consumer : ConsumerBase {
   static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
 
-  Scores scores;  // integers, then the exponentials' bits, then, in the first registers, P
-  float b[2];     // exponents are c * score + b: -b is the maximum that the sums and O refer to
-  float q_scale[2];
+  Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
+  float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
+  float q_scale[2];      // unless kScalesInShared
   float sum[4];          // kExactSums: of the exponentials, two for each row
   uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
+  uint32_t halves;       // kHalves, in a register: as a constant it would take a second instruction each time
 
-  using ConsumerBase::ConsumerBase;
+  __device__ __forceinline__ Consumer(const Params& params, Shared& shared) : ConsumerBase(params, shared) {
+    if constexpr (kPolynomialPairs != 0) halves = uniform(kHalves);
+  }
 
   template <int first, int last>
   __device__ __forceinline__ void issue_pv() {
     const uint32_t* weights = reinterpret_cast<uint32_t*>(scores);
-    const uint64_t b = operand_behind(v_operand, v.stage * kVStageBytes);
+    const uint64_t b = operand_behind(v_operand, ring.stage * kVStageBytes);
     wgmma_fence();
     if constexpr (kV == V::kIo) {
 #pragma unroll
@@ -57,13 +64,17 @@ struct Consumer : ConsumerBase {
     wgmma_commit();
   }
 
+  __device__ __forceinline__ float scale_of_row(int r) const {
+    return kScalesInShared ? s.q_scale[row() + 8 * r] : q_scale[r];
+  }
+
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale.
   __device__ __forceinline__ void reduce(float (&c)[2], float k_scale) {
     float top[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = static_cast<float>(row_top(scores, r));
-      c[r] = q_scale[r] * k_scale;
+      c[r] = scale_of_row(r) * k_scale;
     }
     const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
     if (__any_sync(~0u, !within)) {
@@ -95,7 +106,7 @@ struct Consumer : ConsumerBase {
     for (int r = 0; r < 2; ++r) {
       bool undefined;
       const int top = mask_row(scores, r, block, bad, undefined);
-      c[r] = q_scale[r] * k_scale;
+      c[r] = scale_of_row(r) * k_scale;
       advance_maximum(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
       // The exponent of a masked score must vanish beside b: with a tiny scale the scores move to a coarser one, whose
       // step is far below fp32's resolution of b.
@@ -122,7 +133,7 @@ struct Consumer : ConsumerBase {
     for (int i = first; i < last; i += 2) {
       const int r = i / 2 % 2;
       if (is_polynomial(i / 2)) {
-        const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
+        const uint32_t e = exp2_pair<kExactSums>(scores[i], scores[i + 1], pair_c[r], pair_b[r], halves);
         if constexpr (kExactSums) pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
         scores[i] = static_cast<int32_t>(e);
         continue;
@@ -166,13 +177,12 @@ struct Consumer : ConsumerBase {
   // Zeroes the infinities and NaN of the next block of 16-bit V, which would reach even queries that do not see them;
   // add_nonfinite() gives them to those that do. The other warpgroups zero the same ones.
   __device__ __forceinline__ void clear_nonfinite() {
-    mbarrier_wait(full_v(), v.parity);
     constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
     auto clear = [](uint32_t& pair) {
       if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
       if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
     };
-    uint4* tile = reinterpret_cast<uint4*>(s.v[v.stage]);
+    uint4* tile = reinterpret_cast<uint4*>(s.v[ring.stage]);
 #pragma unroll 1
     for (int i = threadIdx.x % 128; i < kVTileBytes / 16; i += 128) {
       uint4 x = tile[i];
@@ -189,7 +199,7 @@ struct Consumer : ConsumerBase {
     constexpr int first = part * kBlock / kParts, last = (part + 1) * kBlock / kParts;
     exponentiate<first / 2, last / 2>(c);
     pack<first, last>();
-    if constexpr (part == 0) mbarrier_wait(full_v(), v.parity);
+    if constexpr (part == 0 && kWall) wait_for_block();  // it has come: this is no more than a branch
     pin_first<kWeights*(part + 1) / kParts>(scores);
     if constexpr (part == 0) pin(o);
     issue_pv<first, last>();
@@ -202,7 +212,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
 #pragma unroll
-    for (int i = 0; i < kOnes / 2; ++i) o[kHeadDim / 2 + i] = 0.f;
+    for (int r = 0; r < 2; ++r) o[kHeadDim / 2 + 2 * r] = 0.f;
   }
 
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
@@ -216,7 +226,6 @@ struct Consumer : ConsumerBase {
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
-      release_k();
       float c[2];
       if (masked > 0) {
         --masked;
@@ -230,13 +239,15 @@ struct Consumer : ConsumerBase {
       pin(o);
       pin_first<kWeights>(scores);
       if constexpr (kOnes != 0) take_sums();
-      release_v();
+      release_block();
     }
   }
 
   __device__ __forceinline__ void attend(int turn) {
     begin(turn);
-    for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
+    if constexpr (!kScalesInShared) {
+      for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
+    }
     b[0] = b[1] = -kLowest;
     sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();

@@ -21,8 +21,7 @@ struct ConsumerBase {
 
   const Params& p;
   Shared& s;
-  Ring<kStages> k;  // the blocks that come next
-  Ring<kStagesV> v;
+  Ring<kStages> ring;                        // the block that comes next
   uint64_t q_operand, k_operand, v_operand;  // wgmma's descriptors of Q and of the first stages
   const float* k_scales;
   int turn;    // of for_each_tile()
@@ -42,12 +41,16 @@ struct ConsumerBase {
     return (thread - 128) / 32 * 16 + thread % 32 / 4;
   }
   static __device__ __forceinline__ int warpgroup() { return uniform(threadIdx.x / 128) - 1; }
+  // Of FP8 the upper word, too: as the constant that it is it would be moved to its place anew for every wgmma. With
+  // other types of V the compiler makes worse code of that.
   static __device__ __forceinline__ uint64_t uniform_operand(uint64_t descriptor) {
-    return (descriptor & 0xffffffff00000000u) | uniform(static_cast<uint32_t>(descriptor));
+    uint32_t upper = static_cast<uint32_t>(descriptor >> 32);
+    if constexpr (kV == V::kFp8) upper = uniform(upper);
+    return static_cast<uint64_t>(upper) << 32 | uniform(static_cast<uint32_t>(descriptor));
   }
 
-  __device__ __forceinline__ uint32_t full_k() { return shared_address(&s.full_k[k.stage]); }
-  __device__ __forceinline__ uint32_t full_v() { return shared_address(&s.full_v[v.stage]); }
+  // K and V of the next block are there.
+  __device__ __forceinline__ void wait_for_block() { mbarrier_wait(shared_address(&s.full[ring.stage]), ring.parity); }
   // Scale of this thread's keys of the next block, counting down.
   __device__ __forceinline__ float next_k_scale() {
     float scale = __ldg(k_scales);
@@ -56,8 +59,8 @@ struct ConsumerBase {
   }
 
   __device__ __forceinline__ void issue_qk(Scores& scores) {
-    mbarrier_wait(full_k(), k.parity);
-    const uint64_t b = operand_behind(k_operand, k.stage * kTileBytes);
+    wait_for_block();
+    const uint64_t b = operand_behind(k_operand, ring.stage * kTileBytes);
     wgmma_fence();
     wgmma_s8<0>(scores, q_operand, b);
 #pragma unroll
@@ -67,23 +70,16 @@ struct ConsumerBase {
     wgmma_commit();
   }
 
-  __device__ __forceinline__ void release_k() {
-    mbarrier_arrive_once(shared_address(&s.empty_k[k.stage]));
-    k.advance();
-  }
-
-  __device__ __forceinline__ void release_v() {
-    mbarrier_arrive_once(shared_address(&s.empty_v[v.stage]));
-    v.advance();
+  __device__ __forceinline__ void release_block() {
+    mbarrier_arrive_once(shared_address(&s.empty[ring.stage]));
+    ring.advance();
   }
 
   // A block that the other warpgroups see.
   __device__ __forceinline__ void skip_block() {
-    mbarrier_wait(full_k(), k.parity);
-    release_k();
+    wait_for_block();
+    release_block();
     k_scales -= 4;
-    mbarrier_wait(full_v(), v.parity);
-    release_v();
   }
 
   // Brings O, to which all blocks before have been added, to the present maximum.

@@ -41,7 +41,7 @@ struct Consumer : ConsumerBase {
 
   // P V of the block.
   __device__ __forceinline__ void issue_pv() {
-    const uint64_t b = operand_behind(v_operand, v.stage * kVStageBytes);
+    const uint64_t b = operand_behind(v_operand, ring.stage * kVStageBytes);
     wgmma_fence();
     const uint32_t* a = reinterpret_cast<const uint32_t*>(scores);
     wgmma_u8s8<0>(products, a, b);
@@ -161,7 +161,6 @@ struct Consumer : ConsumerBase {
       prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
       wgmma_wait<0>();
       pin(scores);
-      release_k();
       Scaling z;
       float unit[2];  // of the bytes, relative to the maximum so far
       if (masked > 0) {
@@ -174,14 +173,14 @@ struct Consumer : ConsumerBase {
       exponentiate<EXACT_LSE>(z, unit, sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r) l[r] = fmaf(l[r], z.alpha[r], unit[r] * static_cast<float>(sum[r]));
-      mbarrier_wait(full_v(), v.parity);
+      wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
       pin_first<kBlock / 8>(scores);
       issue_pv();
       rescale(z.alpha);
       wgmma_wait<0>();
       pin(products);
       pin_first<kBlock / 8>(scores);
-      release_v();
+      release_block();
       add_products(v_scales, unit);
     }
   }

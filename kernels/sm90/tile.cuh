@@ -15,8 +15,7 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;                // of K
-constexpr int kStagesV = STAGES_V;             // of V
+constexpr int kStages = STAGES;                // each a block of K and of V
 constexpr int kBlock = 128;                    // keys
 constexpr int kGroups = GROUPS;                // consumer warpgroups of 64 queries
 constexpr int kRows = 64 * kGroups;            // queries of a tile
@@ -125,7 +124,7 @@ constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has wri
 
 struct Shared {
   int8_t k[kStages][kTileBytes];
-  int8_t v[kStagesV][kVStageBytes];
+  int8_t v[kStages][kVStageBytes];
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
@@ -135,7 +134,7 @@ struct Shared {
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
-  uint64_t full_k[kStages], empty_k[kStages], full_v[kStagesV], empty_v[kStagesV];
+  uint64_t full[kStages], empty[kStages];
   uint64_t full_q[kGroups], empty_q[kGroups];
 };
 
