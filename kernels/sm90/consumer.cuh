@@ -127,7 +127,7 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       pair_c[r] = c[r] * (1.f / kHalfRange);
-      pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias / kHalfRange);
+      pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias<kExactSums> / kHalfRange);
     }
 #pragma unroll
     for (int i = first; i < last; i += 2) {
