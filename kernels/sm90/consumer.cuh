@@ -40,7 +40,7 @@ struct Consumer : ConsumerBase {
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
   float q_scale[2];      // unless kScalesInShared
   float sum[4];          // kExactSums: of the exponentials, two for each row
-  uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
+  uint32_t pair_sum[2];  // kExactSums: half of those in fp16, in one block
   uint32_t halves;       // kHalves, in a register: as a constant it would take a second instruction each time
 
   __device__ __forceinline__ Consumer(const Params& params, Shared& shared) : ConsumerBase(params, shared) {
@@ -127,14 +127,17 @@ struct Consumer : ConsumerBase {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       pair_c[r] = c[r] * (1.f / kHalfRange);
-      pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias<kExactSums> / kHalfRange);
+      pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias / kHalfRange);
     }
 #pragma unroll
     for (int i = first; i < last; i += 2) {
       const int r = i / 2 % 2;
       if (is_polynomial(i / 2)) {
-        const uint32_t e = exp2_pair<kExactSums>(scores[i], scores[i + 1], pair_c[r], pair_b[r], halves);
-        if constexpr (kExactSums) pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
+        const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r], halves);
+        if constexpr (kExactSums) {
+          const uint32_t half = half_without_least(e);
+          pair_sum[r] = is_first_polynomial(i / 2) ? half : half2_add(pair_sum[r], half);
+        }
         scores[i] = static_cast<int32_t>(e);
         continue;
       }
@@ -146,8 +149,8 @@ struct Consumer : ConsumerBase {
       }
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
-      sum[0] += half2_sum(pair_sum[0]);
-      sum[2] += half2_sum(pair_sum[1]);
+      sum[0] = fmaf(2.f, half2_sum(pair_sum[0]), sum[0]);
+      sum[2] = fmaf(2.f, half2_sum(pair_sum[1]), sum[2]);
     }
   }
 

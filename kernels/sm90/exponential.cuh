@@ -17,19 +17,15 @@ constexpr bool is_first_polynomial(int pair) {
   return (kPolynomialPairs & row & ((1u << pair) - 1)) == 0;
 }
 
-// Exponents are scaled to 1 = 2^5 for the clamp of a multiply-add, and biased as an fp16 is, or by 1 less.
-constexpr float kHalfRange = 32.f;
-template <bool exact>
-constexpr float kHalfBias = exact ? 15.f : 14.f;
+// Exponents are scaled to 1 = 2^5 for the clamp of a multiply-add, and biased as an fp16 is, less 1.
+constexpr float kHalfRange = 32.f, kHalfBias = 14.f;
 constexpr float kHalfUnit = 1.5f * 8192.f;  // its last bit is 2^-10: fp16's mantissa
 constexpr uint32_t kHalves = 0x38003800;    // .5 in fp16, twice
 
 // 2^(c * score + b) of two scores in fp16, b and c divided by kHalfRange and b biased. The exponent's bits with 10 bits
 // f behind the point are those of the fp16 number m 2^n, m = (1 + f) / 2; taking m's bits off and adding those of a
 // cubic near 2^f makes it 2^f 2^(n + 1). Relative error .1 % at most, .03 % on average, against 3 % of e4m3's rounding.
-// Exponents must be below 16; of those below -14 comes 2^-14, which e4m3 rounds to 0. With `exact` the bias is larger
-// and taken off in the end, so that nothing is left of them. halves: kHalves.
-template <bool exact>
+// Exponents must be below 17; those below -14 give 2^-14, which e4m3 rounds to 0. halves: kHalves.
 __device__ __forceinline__ uint32_t exp2_pair(int first, int second, float c, float b, uint32_t halves) {
   auto fixed = [&](int score) {
     return __float_as_uint(fmaf(ptx::fma_saturated(static_cast<float>(score), c, b), kHalfRange, kHalfUnit));
@@ -40,8 +36,10 @@ __device__ __forceinline__ uint32_t exp2_pair(int first, int second, float c, fl
   uint32_t power = ptx::half2_fma(m, halves, 0x33a433a4u);
   power = ptx::half2_fma(power, m, 0x3a1c3a1cu);
   power = ptx::half2_fma(power, m, 0x37f137f1u);
-  const uint32_t result = x + power - m;  // each half of the sum is an fp16 number: nothing carries
-  return exact ? result - 0x04000400u : result;
+  return x + power - m;  // each half of the sum is an fp16 number: nothing carries
 }
+
+// Half of what exp2_pair gives, and 0 of the 2^-14 that stands for anything smaller: for sums.
+__device__ __forceinline__ uint32_t half_without_least(uint32_t pair) { return pair - 0x04000400u; }
 
 }  // namespace sagert
