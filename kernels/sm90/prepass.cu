@@ -191,7 +191,7 @@ struct Task {
 };
 
 __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
-  column_statistics<kKStats>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
+  column_statistics<kKStats, kKLoadsAtATime>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
   KTile tile;
   if (in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + KTile::first_row());
   cluster_arrive();
@@ -240,7 +240,7 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
   if (kQuantizedV || p.v_stats != 0) {
-    column_statistics<kVStats>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
+    column_statistics<kVStats, kVLoadsAtATime>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
     VTile tile;
     if (kQuantizedV && in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + VTile::first_row());
     cluster_arrive();

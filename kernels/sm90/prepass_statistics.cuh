@@ -16,6 +16,8 @@ namespace sagert {
 constexpr int kClusterMax = CLUSTER;
 constexpr int kKStats = 1;
 constexpr int kVStats = !kQuantizedV ? 1 : kInt8V ? 2 : 4;
+constexpr int kKLoadsAtATime = 8;
+constexpr int kVLoadsAtATime = kVStats == 1 ? 8 : 4;  // the other statistics take the registers
 
 struct alignas(128) Shared {
   union {
