@@ -63,8 +63,9 @@ def test_against_torch(shape, kind, monkeypatch):
     assert torch.allclose(lse, want_lse, atol=1e-12)
     rows = torch.tensor([10, 0, 3])
     part, part_lse = exact(q, k, v, mask=mask, causal=True, bottom_right=True, window=window, rows=rows)
-    assert torch.equal(part, got[:, :, rows])
-    assert torch.equal(part_lse, lse[:, :, rows])
+    # Not the same bits: how a matrix product rounds depends on its shape on some processors.
+    assert torch.allclose(part, got[:, :, rows], rtol=0.0, atol=1e-14)
+    assert torch.allclose(part_lse, lse[:, :, rows], rtol=0.0, atol=1e-14)
 
 
 def test_nonfinite_values_reach_only_those_who_see_them():
