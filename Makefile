@@ -2,6 +2,7 @@
 # Everything runs in environments of its own under build/; nothing outside the clone is installed.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TEST_JOBS ?= 2
 BUILD := build
 DIST := $(BUILD)/dist
 CXX_FILES = $(shell find host include kernels tests examples benchmarks -name '*.cc' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -29,7 +30,7 @@ help:
 	@echo 'make wheel   build the wheel into $(DIST)'
 	@echo 'make docs    build the documentation site into $(BUILD)/site'
 	@echo 'make clean   remove $(BUILD)'
-	@echo 'Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  PYTEST_ARGS='
+	@echo 'Variables: PYTHON=$(PYTHON)  TORCH=$(TORCH)  TEST_JOBS=$(TEST_JOBS)  PYTEST_ARGS='
 
 demo: $(BUILD)/demo-venv/.wheel
 	@# The doctor exits with 1 where nothing can run on a GPU; the demo then computes with the CPU reference.
@@ -38,7 +39,9 @@ demo: $(BUILD)/demo-venv/.wheel
 
 test: $(BUILD)/test-venv/.wheel lint
 	$(BUILD)/test-venv/bin/python -m build_tools check-wheel $(DIST)/*.whl
-	$(PYTEST) -m 'gpu or not gpu' -ra $(PYTEST_ARGS) tests
+	$(PYTEST) -n $(TEST_JOBS) --dist loadfile -ra $(PYTEST_ARGS) tests
+	@# One at a time: they measure, and some take much of a device's memory.
+	$(PYTEST) -m gpu -ra $(PYTEST_ARGS) tests/gpu
 
 lint: $(BUILD)/test-venv/.ready
 	$(BUILD)/test-venv/bin/ruff check $(PY_DIRS)
