@@ -24,8 +24,8 @@ constexpr uint32_t kHalves = 0x38003800;    // .5 in fp16, twice
 
 // 2^(c * score + b) of two scores in fp16, b and c divided by kHalfRange and b biased. The exponent's bits with 10 bits
 // f behind the point are those of the fp16 number m 2^n, m = (1 + f) / 2; taking m's bits off and adding those of a
-// cubic near 2^f makes it 2^f 2^(n + 1). Relative error .12 % at most, .03 % on average, against 3 % of e4m3's rounding.
-// Exponents must be below 17; those below -14 give 2^-14, which e4m3 rounds to 0. halves: kHalves.
+// cubic near 2^f makes it 2^f 2^(n + 1). Relative error .12 % at most, .03 % on average, against 3 % of e4m3's
+// rounding. Exponents must be below 17; those below -14 give 2^-14, which e4m3 rounds to 0. halves: kHalves.
 __device__ __forceinline__ uint32_t exp2_pair(int first, int second, float c, float b, uint32_t halves) {
   auto fixed = [&](int score) {
     return __float_as_uint(fmaf(ptx::fma_saturated(static_cast<float>(score), c, b), kHalfRange, kHalfUnit));
