@@ -38,7 +38,8 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
 // Starts to copy 64 queries of a head, from `row` on, to `raw`; zeros stand for those there are not.
 __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int head, int row) {
   constexpr int kChunks = kHeadDim / 8;  // of 16 bytes, in a row
-  constexpr int kStep = 32 / kChunks;    // rows at a time
+  constexpr int kStep = 32 / kChunks;    // rows that the warp copies at a time
+  constexpr int kStepBytes = 32 * 16;
   const int lane = thread_index() % 32, last = p.seqlen_q - row;
   const uint16_t* source = queries_of(p, head, row + lane / kChunks) + lane % kChunks * 8;
   uint32_t place = shared_address(raw + lane);
@@ -46,7 +47,7 @@ __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int he
 #pragma unroll 4
     for (int r = 0; r < 64; r += kStep) {
       async_copy16(place, source);
-      place += 512;
+      place += kStepBytes;
       source += kStep * p.q_ss;
     }
     return;
@@ -54,7 +55,7 @@ __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int he
 #pragma unroll 1
   for (int r = lane / kChunks; r < 64; r += kStep) {
     async_copy16(place, r < last ? source : p.q, r < last);
-    place += 512;
+    place += kStepBytes;
     source += kStep * p.q_ss;
   }
 }
