@@ -206,7 +206,8 @@ def _heads(
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
                 in_half = is_half(position, range(keys.start, keys.stop), q.shape[2])
-                p = torch.where(in_half, exp2_half(exponents), p)
+                if in_half.any():
+                    p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
             rounded = rounded * alpha + p.sum(-1, keepdim=True)
