@@ -9,10 +9,9 @@ from torch import Tensor
 # kernels/sm90/exponential.cuh: bit 2 j + r of the pattern stands for keys 8 j .. 8 j + 7 of a block of 128 and for rows
 # 8 r .. 8 r + 7 of each 16.
 _PATTERN = 0x49484948
-_HALF_BIAS = 14.0
-# Of a cubic near 2^(2 m - 1) on [1/2, 1], in fp16.
-_COEFFICIENTS = (0.5, 0.23876953125, 0.763671875, 0.496337890625)
-_LEAST = 0x400  # bits of the 2^-14 that stands for anything smaller
+_HALF_BIAS = 15.0
+# Of a cubic near 2^(m - 1) on [1, 2], in fp16.
+_COEFFICIENTS = (0.077880859375, -0.00803375244140625, 0.478759765625, 0.451171875)
 
 
 def _half(x: Tensor) -> Tensor:
@@ -21,17 +20,16 @@ def _half(x: Tensor) -> Tensor:
 
 
 def exp2_half(x: Tensor) -> Tensor:
-    """2^x as the kernel has it from fp16, x fp32 below 16: the exponent with 10 bits behind the point as the bits of an
-    fp16 number, its mantissa replaced by a cubic in it. Relative error .12 % above -13, more below it, and 0 from -14
-    down: that is what sums have; P, in e4m3, is 0 from -10 down."""
+    """2^x in fp16, x fp32 below 16: the exponent with 10 bits behind the point as an fp16 number's bits, its mantissa
+    replaced by a cubic in it. 0 from -15 down; relative error .1 % above -14."""
     biased = (x.nan_to_num(nan=-_HALF_BIAS) + _HALF_BIAS).clamp(0.0, 31.99)
     bits = torch.round(biased * 1024.0).to(torch.int32)
-    m = 0.5 + (bits & 1023).double() / 2048.0
+    m = 1.0 + (bits & 1023).double() / 1024.0
     power = torch.full_like(m, _COEFFICIENTS[0])
     for coefficient in _COEFFICIENTS[1:]:
         power = _half(power * m + coefficient)
     mantissas = (power.to(torch.float16).view(torch.int16) - m.to(torch.float16).view(torch.int16)).to(torch.int32)
-    return 2.0 * (bits + mantissas - _LEAST).to(torch.int16).view(torch.float16).float()
+    return (bits + mantissas).to(torch.int16).view(torch.float16).float()
 
 
 def is_half(position: Tensor, keys: range, head_dim: int) -> Tensor:

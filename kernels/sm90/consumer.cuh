@@ -5,6 +5,7 @@
 
 #include "consumer_base.cuh"
 #include "exponential.cuh"
+#include "half_output.cuh"
 #include "ptx/named_barrier.cuh"
 
 namespace sagert {
@@ -12,8 +13,9 @@ namespace sagert {
 // P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. In e4m3 a
 // row's largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
-constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : 6.807354922057604f;
 constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
+constexpr bool kHalfOutput = kV == V::kFp8;
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
@@ -37,15 +39,14 @@ struct Consumer : ConsumerBase {
   static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
 
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
+  HalfOutput half;       // kHalfOutput
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
+  uint32_t largest_sum;  // kHalfOutput: of P, a float that all lanes share
   float q_scale[2];      // unless kScalesInShared
   float sum[4];          // kExactSums: of the exponentials, two for each row
-  uint32_t pair_sum[2];  // kExactSums: half of those in fp16, in one block
-  uint32_t halves;       // kHalves, in a register: as a constant it would take a second instruction each time
+  uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
-  __device__ __forceinline__ Consumer(const Params& params, Shared& shared) : ConsumerBase(params, shared) {
-    if constexpr (kPolynomialPairs != 0) halves = uniform(kHalves);
-  }
+  using ConsumerBase::ConsumerBase;
 
   template <int first, int last>
   __device__ __forceinline__ void issue_pv() {
@@ -59,7 +60,7 @@ struct Consumer : ConsumerBase {
       }
     } else {
 #pragma unroll
-      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
+      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(half.sums, weights + 4 * i, operand_behind(b, 32 * i));
     }
     wgmma_commit();
   }
@@ -76,27 +77,36 @@ struct Consumer : ConsumerBase {
       top[r] = static_cast<float>(row_top(scores, r));
       c[r] = scale_of_row(r) * k_scale;
     }
-    const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
+    const bool within =
+        !is_beyond(0) && !is_beyond(1) && fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
     if (__any_sync(~0u, !within)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
     }
   }
 
-  // x: the thread's largest score of a row, scaled.
+  // Has the sum of P grown so much that O in fp16 might overflow?
+  __device__ __forceinline__ bool is_beyond(int r) const { return kHalfOutput && l[r] > __uint_as_float(largest_sum); }
+
+  // Moves row r's maximum where a score exceeds it, or where O is to be smaller. x: the thread's largest score, scaled.
   __device__ __forceinline__ void advance_maximum(int r, float x) {
-    if (__all_sync(~0u, x + b[r] <= kLargest)) return;
+    if (__all_sync(~0u, x + b[r] <= kLargest && !is_beyond(r))) return;
     const float top = quad_max(x);
-    const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
+    float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
+    if (is_beyond(r)) next = fminf(next, b[r] - kSumSteps);
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
     if (first) return;
-    l[r] *= alpha;
     sum[2 * r] *= alpha;
     sum[2 * r + 1] *= alpha;
+    if constexpr (kHalfOutput) {
+      l[r] *= half.scale(r, alpha);
+    } else {
+      l[r] *= alpha;
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
+      for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
+    }
   }
 
   // The same for a block with masks.
@@ -133,10 +143,9 @@ struct Consumer : ConsumerBase {
     for (int i = first; i < last; i += 2) {
       const int r = i / 2 % 2;
       if (is_polynomial(i / 2)) {
-        const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r], halves);
+        const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
         if constexpr (kExactSums) {
-          const uint32_t half = half_without_least(e);
-          pair_sum[r] = is_first_polynomial(i / 2) ? half : half2_add(pair_sum[r], half);
+          pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
         }
         scores[i] = static_cast<int32_t>(e);
         continue;
@@ -149,8 +158,8 @@ struct Consumer : ConsumerBase {
       }
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
-      sum[0] = fmaf(2.f, half2_sum(pair_sum[0]), sum[0]);
-      sum[2] = fmaf(2.f, half2_sum(pair_sum[1]), sum[2]);
+      sum[0] += half2_sum(pair_sum[0]);
+      sum[2] += half2_sum(pair_sum[1]);
     }
   }
 
@@ -204,27 +213,37 @@ struct Consumer : ConsumerBase {
     pack<first, last>();
     if constexpr (part == 0 && kWall) wait_for_block();  // it has come: this is no more than a branch
     pin_first<kWeights*(part + 1) / kParts>(scores);
-    if constexpr (part == 0) pin(o);
+    if constexpr (part == 0) pin_output();
     issue_pv<first, last>();
     if constexpr (part + 1 < kParts) weigh<part + 1>(c);
+  }
+
+  __device__ __forceinline__ void pin_output() {
+    if constexpr (kHalfOutput) {
+      pin(half.sums);
+    } else {
+      pin(o);
+    }
   }
 
   // A block's sums of P stand behind its O. They are positive: in the tensor core's accumulator, which drops low bits,
   // the sum over many blocks would fall short.
   __device__ __forceinline__ void take_sums() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) o[kHeadDim / 2 + 2 * r] = 0.f;
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (kHalfOutput) {
+        l[r] += half.take_sum(r);
+      } else {
+        l[r] += o[kHeadDim / 2 + 2 * r];
+        o[kHeadDim / 2 + 2 * r] = 0.f;
+      }
+    }
   }
 
-  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
-  // the keys; with keys that are not finite every block is masked.
-  __device__ __forceinline__ void attend_blocks() {
-    int masked = uniform(task().masked);
-    const int begin = uniform(task().begin);
+  // The blocks from `block` down to `stop`; the first `masked` ones need masks.
+  __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
 #pragma unroll 1
-    for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
+    for (; block >= stop; --block) {
       const float k_scale = next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
@@ -239,10 +258,27 @@ struct Consumer : ConsumerBase {
       }
       weigh<0>(c);
       wgmma_wait<0>();
-      pin(o);
+      pin_output();
       pin_first<kWeights>(scores);
       if constexpr (kOnes != 0) take_sums();
       release_block();
+    }
+  }
+
+  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
+  // the keys; with keys that are not finite every block is masked.
+  __device__ __forceinline__ void attend_blocks() {
+    int masked = uniform(task().masked);
+    const int begin = uniform(task().begin);
+    int block = static_cast<int>(uniform(task().end)) - 1;
+    if constexpr (kHalfOutput) {
+#pragma unroll 1
+      while (block >= begin) {
+        attend_run(block, static_cast<int>(uniform(max(begin, block / kSettleBlocks * kSettleBlocks))), masked);
+        if (block >= begin) half.settle();
+      }
+    } else {
+      attend_run(block, begin, masked);
     }
   }
 
@@ -252,9 +288,14 @@ struct Consumer : ConsumerBase {
       for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     }
     b[0] = b[1] = -kLowest;
+    if constexpr (kHalfOutput) {
+      half.clear();
+      largest_sum = uniform(__float_as_uint(task().v_outliers ? .25f * kLargestSum : kLargestSum));
+    }
     sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
     attend_blocks();
+    if constexpr (kHalfOutput) half.read(o, task().begin, task().end);
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -2,6 +2,7 @@
 // What the warps of an attention block share: parameters, order of tiles, shared memory, and its layout for wgmma.
 #pragma once
 
+#include "head_flags.cuh"
 #include "integers.cuh"
 #include "order.cuh"
 #include "ptx/bulk.cuh"
@@ -116,6 +117,7 @@ struct Task {
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
+  int v_outliers;       // it has a channel that is scaled to more than kLargestV
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
 };
