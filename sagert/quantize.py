@@ -81,33 +81,14 @@ def v_mean(v: Tensor) -> Tensor:
     return torch.where(mean.square() >= 0.25 * variance, mean, 0.0)
 
 
-V_LARGEST = 0.875  # of a channel of V in e4m3 that has no outliers, where O is summed in fp16
-
-
-def v_largest(v: Tensor, mean: Tensor) -> Tensor:
-    """Largest values in e4m3 of the channels of v [N, Sk, Dv] less `mean` [N, 1, Dv], for an O in fp16: [N, 1, Dv].
-
-    What |v - mean| adds up to in 128 keys, at most sqrt(128 sum v^2) + 128 |mean| (Cauchy-Schwarz), stays below 112.
-    """
-    clean = torch.where(v.isfinite(), v, 0.0)
-    amax = torch.where(v.isfinite(), v - mean, 0.0).abs().amax(1, keepdim=True)
-    most = (128.0 * clean.square().sum(1, keepdim=True)).sqrt() + 128.0 * mean.abs()
-    factor = torch.where(most <= 30.0 * amax, 4.0, torch.where(most <= 60.0 * amax, 2.0, 1.0))
-    return V_LARGEST * factor
-
-
-def quantize_v_fp8(v: Tensor, largest: Tensor | float = 448.0) -> tuple[Tensor, Tensor]:
-    """e4m3 values of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv].
-
-    Values reach up to `largest`: of all channels, or [N, 1, Dv].
-    """
-    largest = torch.as_tensor(largest, dtype=torch.float32, device=v.device)
+def quantize_v_fp8(v: Tensor, largest: float = 448.0) -> tuple[Tensor, Tensor]:
+    """e4m3 values up to `largest` of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv]."""
     clean = torch.where(v.isfinite(), v, 0.0)
     amax = clean.abs().amax(1, keepdim=True)
     zero = amax < TINY
     inverse = torch.where(zero, 0.0, largest / torch.where(zero, 1.0, amax))
-    values = (clean * inverse).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
-    return values, torch.where(zero, 1.0, amax * (1.0 / largest))
+    values = (clean * inverse).clamp(-largest, largest).to(torch.float8_e4m3fn).float()
+    return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
 
 
 def quantize_v_half(v: Tensor) -> tuple[Tensor, Tensor]:

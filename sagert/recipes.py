@@ -11,7 +11,6 @@ from torch import Tensor
 
 from sagert.quantize import (
     V_BLOCK,
-    V_LARGEST,
     V_MAX,
     k_shift,
     q_means,
@@ -20,7 +19,6 @@ from sagert.quantize import (
     quantize_v_fp8,
     quantize_v_half,
     quantize_v_int8,
-    v_largest,
     v_mean,
 )
 
@@ -31,12 +29,13 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # less where products are summed in fp16.
 TILED_LOG2_P = {"fp8": (LOG2_448, 2.0**-8), "fp16": (8.0, 6.0), "int8": (0.0, 0.0)}
 HALF_LOG2_P = TILED_LOG2_P | {"fp16": (4.0, 4.0)}
-WGMMA_LOG2_P = TILED_LOG2_P | {"fp8": (LOG2_448 - 2.0, 2.0**-8)}  # 112: what it adds up to fits an O in fp16
+WGMMA_LOG2_P = TILED_LOG2_P | {"fp8": (LOG2_448 - 2.0, 2.0**-8)}  # 112
 PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of every family, and what CPU tensors are served
 INT4_PRECISIONS = ("int4_fp16", "int4_fp8", "int4_int8")  # of the mma family
 TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off; CPU tensors run on "portable"
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
+FP8_MAX_WGMMA = 3.5  # largest value of V in e4m3: with P up to 112, what 128 keys add to O stays within fp16
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
 HALF_KEYS = {"fp16": 16, "fp8": 32}  # whose products a tensor-core instruction adds to a sum in fp16, by V's type
 
@@ -92,7 +91,6 @@ class KeyValues(NamedTuple):
     positive: Tensor | None  # [N, Sk, Dv], where V is +inf or NaN; None where V is finite
     negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
     rough_k: Tensor | None = None  # [N, Sk, D], K as it is, where queries' means are multiplied with it
-    v_outliers: Tensor | None = None  # [N, 1, 1], whether a channel of V has outliers, where O is summed in fp16
 
 
 class Queries(NamedTuple):
@@ -139,12 +137,8 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     mean = v_mean(vf) if recipe.tiled and (recipe.pv != "fp16" or recipe.half_sums) else None
     if mean is not None:
         vf = vf - mean
-    outliers = None
     if recipe.pv == "fp8":
-        largest: Tensor | float = FP8_MAX_HALF if recipe.half_sums else FP8_MAX
-        if recipe.half_output and mean is not None:
-            largest = v_largest(v.float(), mean)
-            outliers = (largest > V_LARGEST).any(-1, keepdim=True)
+        largest = FP8_MAX_HALF if recipe.half_sums else FP8_MAX_WGMMA if recipe.half_output else FP8_MAX
         values, v_scale = quantize_v_fp8(vf, largest)
     elif recipe.pv == "int8":
         values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if recipe.tiled else (V_MAX, False)))
@@ -153,8 +147,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     rough = kf if recipe.qk == "int4" else None
-    kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, outliers)
-    return with_marks(kv, positive, negative)
+    return with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough), positive, negative)
 
 
 def quantize_queries(q: Tensor, scale: float, recipe: Recipe, length: int) -> Queries:

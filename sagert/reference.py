@@ -17,7 +17,7 @@ from torch import Tensor
 from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
-from sagert.half_output import SUM_STEPS, HalfOutput
+from sagert.half_output import HalfOutput
 from sagert.recipes import (
     HALF_KEYS,
     LOG2E,
@@ -157,6 +157,7 @@ def _heads(
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     queries = quantize_queries(q, scale, recipe, s)
     k_scale = kv.k_scale.transpose(1, 2)
+    p_scale: float | Tensor
     p_scale, slack = recipe.log2_p
     p_type = torch.float16 if recipe.half_sums else io
     position = torch.arange(s, device=q.device).repeat(rows // s)
@@ -165,7 +166,7 @@ def _heads(
     total = torch.zeros_like(m)
     rounded = torch.zeros_like(m)  # the same of the weights that V is multiplied by
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
-    half = HalfOutput(acc, kv.v_outliers) if recipe.half_output else None
+    half = HalfOutput(acc) if recipe.half_output else None
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
     starts = _starts(seen, s, sk, block_n)
@@ -188,10 +189,11 @@ def _heads(
         visible = torch.ones_like(scores, dtype=torch.bool) if hidden is None else ~hidden.expand(scores.shape)
         sees = sees | visible.any(-1, keepdim=True)
         m_new = torch.where(highest > m + slack, highest, m)
-        if half is not None:
-            m_new = torch.where(half.beyond(), torch.maximum(m_new, m + SUM_STEPS), m_new)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
+        if half is not None:
+            alpha = alpha * torch.exp2(-half.bound())
+            p_scale = recipe.log2_p[0] - half.steps
         if integer:
             p = _weigh_bytes(scores, highest)
             weight = torch.exp2(highest - base) / 255.0
@@ -215,7 +217,7 @@ def _heads(
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
             if half is not None:
-                half.add(alpha, p, kv.v[:, keys], start // block_n, start == starts[0])
+                half.add(alpha, p, kv.v[:, keys], start // block_n, sees)
             else:
                 rounded = rounded * alpha + p.sum(-1, keepdim=True)
                 products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if recipe.half_sums else p @ kv.v[:, keys]

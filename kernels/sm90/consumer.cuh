@@ -10,15 +10,16 @@
 
 namespace sagert {
 
-// P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. In e4m3 a
-// row's largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
+// P's exponent at a row's maximum, log2(112) for e4m3, and how far above it a score moves the maximum. In e4m3 a row's
+// largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 6.807354922057604f;
-constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
+constexpr float kSlack = kV == V::kIo ? 6.f : 0x1p-8f;
 constexpr bool kHalfOutput = kV == V::kFp8;
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
+constexpr int kSums = kHalfOutput ? 1 : 2;  // of a thread's exponentials of a row
 // Parts of a block: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
@@ -41,9 +42,10 @@ struct Consumer : ConsumerBase {
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
   HalfOutput half;       // kHalfOutput
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
+  float limit[2];        // the exponent above which a score moves the maximum, unless kLimitsInShared
   uint32_t largest_sum;  // kHalfOutput: of P, a float that all lanes share
   float q_scale[2];      // unless kScalesInShared
-  float sum[4];          // kExactSums: of the exponentials, two for each row
+  float sum[2 * kSums];  // kExactSums: of the exponentials
   uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
   using ConsumerBase::ConsumerBase;
@@ -65,8 +67,17 @@ struct Consumer : ConsumerBase {
     wgmma_commit();
   }
 
+  // Of this thread's keys, without a pointer of its own.
+  __device__ __forceinline__ float k_scale_at(int block) const {
+    return __ldg(p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad());
+  }
+
   __device__ __forceinline__ float scale_of_row(int r) const {
     return kScalesInShared ? s.q_scale[row() + 8 * r] : q_scale[r];
+  }
+
+  __device__ __forceinline__ float& limit_of_row(int r) {
+    return kLimitsInShared ? s.limit[r][thread_index() - 128] : limit[r];
   }
 
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale.
@@ -77,8 +88,8 @@ struct Consumer : ConsumerBase {
       top[r] = static_cast<float>(row_top(scores, r));
       c[r] = scale_of_row(r) * k_scale;
     }
-    const bool within =
-        !is_beyond(0) && !is_beyond(1) && fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
+    const bool within = !is_beyond(0) && !is_beyond(1) && fmaf(top[0], c[0], b[0]) <= limit_of_row(0) &&
+                        fmaf(top[1], c[1], b[1]) <= limit_of_row(1);
     if (__any_sync(~0u, !within)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
@@ -90,18 +101,20 @@ struct Consumer : ConsumerBase {
 
   // Moves row r's maximum where a score exceeds it, or where O is to be smaller. x: the thread's largest score, scaled.
   __device__ __forceinline__ void advance_maximum(int r, float x) {
-    if (__all_sync(~0u, x + b[r] <= kLargest && !is_beyond(r))) return;
+    const float most = limit_of_row(r);
+    if (__all_sync(~0u, x + b[r] <= most && !is_beyond(r))) return;
     const float top = quad_max(x);
-    float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
-    if (is_beyond(r)) next = fminf(next, b[r] - kSumSteps);
+    const float steps = is_beyond(r) ? kSumSteps : 0.f;
+    const float next = top + b[r] <= most ? b[r] - steps : most - kSlack - steps - top;
+    if constexpr (kHalfOutput) limit_of_row(r) = most - steps;
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
     if (first) return;
-    sum[2 * r] *= alpha;
-    sum[2 * r + 1] *= alpha;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sum[kSums * r + i] *= alpha;
     if constexpr (kHalfOutput) {
-      l[r] *= half.scale(r, alpha);
+      l[r] *= half.scale(s, r, alpha);
     } else {
       l[r] *= alpha;
 #pragma unroll
@@ -153,13 +166,13 @@ struct Consumer : ConsumerBase {
 #pragma unroll
       for (int n = i; n < i + 2; ++n) {
         const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
-        if constexpr (kExactSums) sum[n % 4] += e;
+        if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
         scores[n] = __float_as_int(e);
       }
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
       sum[0] += half2_sum(pair_sum[0]);
-      sum[2] += half2_sum(pair_sum[1]);
+      sum[kSums] += half2_sum(pair_sum[1]);
     }
   }
 
@@ -244,7 +257,7 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
 #pragma unroll 1
     for (; block >= stop; --block) {
-      const float k_scale = next_k_scale();
+      const float k_scale = kScalesInShared ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
@@ -272,10 +285,14 @@ struct Consumer : ConsumerBase {
     const int begin = uniform(task().begin);
     int block = static_cast<int>(uniform(task().end)) - 1;
     if constexpr (kHalfOutput) {
+      largest_sum = uniform(__float_as_uint(kLargestFirstSum));
+      int stop = block - kFirstBlocks + 1;
 #pragma unroll 1
       while (block >= begin) {
-        attend_run(block, static_cast<int>(uniform(max(begin, block / kSettleBlocks * kSettleBlocks))), masked);
-        if (block >= begin) half.settle();
+        attend_run(block, static_cast<int>(uniform(max(begin, stop))), masked);
+        largest_sum = uniform(__float_as_uint(kLargestSum));
+        if (block >= begin && (block + 1) % kSettleBlocks == 0) half.settle(s);
+        stop = block / kSettleBlocks * kSettleBlocks;
       }
     } else {
       attend_run(block, begin, masked);
@@ -288,18 +305,16 @@ struct Consumer : ConsumerBase {
       for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     }
     b[0] = b[1] = -kLowest;
-    if constexpr (kHalfOutput) {
-      half.clear();
-      largest_sum = uniform(__float_as_uint(task().v_outliers ? .25f * kLargestSum : kLargestSum));
-    }
-    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+    limit_of_row(0) = limit_of_row(1) = kAtMaximum + kSlack;
+    if constexpr (kHalfOutput) half.clear(s);
+    for (float& x : sum) x = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
     attend_blocks();
-    if constexpr (kHalfOutput) half.read(o, task().begin, task().end);
+    if constexpr (kHalfOutput) half.read(s, o, task().begin, task().end);
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      total[r] = kExactSums ? row_sum(sum[2 * r] + sum[2 * r + 1]) : l[r];
+      total[r] = kExactSums ? row_sum(kSums == 1 ? sum[r] : sum[2 * r] + sum[2 * r + 1]) : l[r];
       if constexpr (kOnes == 0) l[r] = total[r];
     }
     write({-b[0], -b[1]}, total);

@@ -9,7 +9,6 @@
 // INT8 V has scales per tile and channel: each 16 pairs of channels as 4 x 4, transposed, so that the four channel
 // pairs of one lane of wgmma's fragment stand together. All statistics are combined in a fixed order: the same input
 // gives the same bits.
-#include "head_flags.cuh"
 #include "integers.cuh"
 #include "prepass_statistics.cuh"
 #include "ptx/bulk.cuh"
@@ -215,18 +214,12 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   cluster_wait();
 }
 
-// What the largest value of a channel of V becomes in e4m3: so much that what |V| adds up to in 128 keys stays below
-// 112, for O in fp16 (half_output.cuh). It is 448 less a power of two, which costs no precision but that of the
-// smallest values, and those matter where a few outliers set the scale: there it can be more. By the Cauchy-Schwarz
-// inequality |V - mean| adds up to at most sqrt(128 squares) + 128 |mean| in 128 keys, if `squares` is the sum of all
-// squares of the channel. Rounding to e4m3 adds a sixteenth at most.
-__device__ __forceinline__ float v_largest(float amax, float mean, float squares) {
-  float most = sqrtf(kBlock * squares) + kBlock * fabsf(mean);
-  return most <= 30.0f * amax ? 4.0f * kLargestV : most <= 60.0f * amax ? 2.0f * kLargestV : kLargestV;
-}
+// Largest value of V in e4m3: 448 less a power of two, which costs none but the smallest values precision and keeps O
+// within fp16 (half_output.cuh).
+constexpr float kLargestV = 3.5f;
 
-// Shift and inverse scale of one channel of V, in s; rank 0 writes what attention needs. Does it have outliers?
-__device__ __forceinline__ bool finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel,
+// Shift and inverse scale of one channel of V, in s; rank 0 writes what attention needs.
+__device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel,
                                                  bool nonfinite) {
   int64_t at = static_cast<int64_t>(t.bh) * kHeadDim + channel;
   if (t.rank == 0) {
@@ -243,13 +236,10 @@ __device__ __forceinline__ bool finish_v_channel(Shared& s, const Params& p, con
     if constexpr (!kInt8V) {
       float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
       bool zero = !(amax >= kTiny);  // also where nothing is finite
-      float largest = v_largest(amax, mean, reduce_cluster<kSquares>(s, channel));
-      s.inverse[channel] = zero ? 0.0f : largest / amax;
-      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / largest);
-      return largest > kLargestV;
+      s.inverse[channel] = zero ? 0.0f : kLargestV / amax;
+      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / kLargestV);
     }
   }
-  return false;
 }
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
@@ -260,12 +250,12 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
     cluster_arrive();
     cluster_wait();
     bool nonfinite = any_nonfinite(s);
-    bool outliers = false;
-    if (threadIdx.x < kHeadDim) outliers = finish_v_channel(s, p, t, in.rows, threadIdx.x, nonfinite);
-    if (threadIdx.x == 0) s.head_nonfinite = nonfinite;
-    outliers = __syncthreads_or(outliers);
-    if (t.rank == 0 && threadIdx.x == 0)
-      p.HeadFlags[2 * t.bh + 1] = (nonfinite ? kVBad : 0) | (outliers ? kVOutliers : 0);
+    if (threadIdx.x < kHeadDim) finish_v_channel(s, p, t, in.rows, threadIdx.x, nonfinite);
+    if (threadIdx.x == 0) {
+      s.head_nonfinite = nonfinite;
+      if (t.rank == 0) p.HeadFlags[2 * t.bh + 1] = nonfinite;
+    }
+    __syncthreads();
     cluster_arrive_relaxed();  // no block ends while another may read its statistics
     if constexpr (kQuantizedV) {
       if (t.first < t.last) {

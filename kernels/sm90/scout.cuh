@@ -31,8 +31,7 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   task.masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
   task.bad_keys = flags.x == 0 ? nullptr : p.k_bad + static_cast<int64_t>(head_kv) * p.blocks * 4;
   // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
-  task.v_bad = kV == V::kIo && !kCausal ? 0 : flags.y & kVBad;
-  task.v_outliers = flags.y & kVOutliers;
+  task.v_bad = kV == V::kIo && !kCausal ? 0 : flags.y;
   task.out = tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh + row * p.o_ss;
 }
 

@@ -2,7 +2,6 @@
 // What the warps of an attention block share: parameters, order of tiles, shared memory, and its layout for wgmma.
 #pragma once
 
-#include "head_flags.cuh"
 #include "integers.cuh"
 #include "order.cuh"
 #include "ptx/bulk.cuh"
@@ -29,6 +28,8 @@ constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 constexpr int kThreads = 128 * (kGroups + 1);
+// Where registers are shortest, what is seldom needed stays in shared memory.
+constexpr bool kLimitsInShared = kHeadDim == 128 && kV == V::kFp8;
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 static_assert(kGroups == 3, "other numbers of warpgroups have other registers");
@@ -117,7 +118,6 @@ struct Task {
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
-  int v_outliers;       // it has a channel that is scaled to more than kLargestV
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
 };
@@ -130,7 +130,9 @@ struct Shared {
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
-  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
+  float limit[2][kLimitsInShared ? 128 * kGroups : 1];    // Consumer::limit, of each thread
+  uint32_t pending[kLimitsInShared ? 128 * kGroups : 1];  // HalfOutput::pending
+  float q_shift[kRows];                                   // Q times the shift of K, in the unit of the exponent
 #if V8_I8
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
