@@ -39,9 +39,9 @@ demo: $(BUILD)/demo-venv/.wheel
 
 test: $(BUILD)/test-venv/.wheel lint
 	$(BUILD)/test-venv/bin/python -m build_tools check-wheel $(DIST)/*.whl
-	$(PYTEST) -n $(TEST_JOBS) --dist loadfile -ra $(PYTEST_ARGS) tests
 	@# One at a time: they measure, and some take much of a device's memory.
 	$(PYTEST) -m gpu -ra $(PYTEST_ARGS) tests/gpu
+	$(PYTEST) -n $(TEST_JOBS) --dist loadfile -ra $(PYTEST_ARGS) tests
 
 lint: $(BUILD)/test-venv/.ready
 	$(BUILD)/test-venv/bin/ruff check $(PY_DIRS)

@@ -29,13 +29,11 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # less where products are summed in fp16.
 TILED_LOG2_P = {"fp8": (LOG2_448, 2.0**-8), "fp16": (8.0, 6.0), "int8": (0.0, 0.0)}
 HALF_LOG2_P = TILED_LOG2_P | {"fp16": (4.0, 4.0)}
-WGMMA_LOG2_P = TILED_LOG2_P | {"fp8": (LOG2_448 - 2.0, 2.0**-8)}  # 112
 PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of every family, and what CPU tensors are served
 INT4_PRECISIONS = ("int4_fp16", "int4_fp8", "int4_int8")  # of the mma family
 TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off; CPU tensors run on "portable"
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
-FP8_MAX_WGMMA = 3.5  # largest value of V in e4m3: with P up to 112, what 128 keys add to O stays within fp16
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
 HALF_KEYS = {"fp16": 16, "fp8": 32}  # whose products a tensor-core instruction adds to a sum in fp16, by V's type
 
@@ -69,14 +67,7 @@ class Recipe(NamedTuple):
         """log2 of P at a row's maximum, and by how much a score may exceed that maximum."""
         if not self.tiled:
             return (LOG2_448 if self.pv == "fp8" else 0.0), 0.0
-        if self.family == "wgmma":
-            return WGMMA_LOG2_P[self.pv]
         return (HALF_LOG2_P if self.half_sums else TILED_LOG2_P)[self.pv]
-
-    @property
-    def half_output(self) -> bool:
-        """Whether O is summed in fp16 over all keys."""
-        return self.family == "wgmma" and self.pv == "fp8"
 
 
 class KeyValues(NamedTuple):
@@ -138,8 +129,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if mean is not None:
         vf = vf - mean
     if recipe.pv == "fp8":
-        largest = FP8_MAX_HALF if recipe.half_sums else FP8_MAX_WGMMA if recipe.half_output else FP8_MAX
-        values, v_scale = quantize_v_fp8(vf, largest)
+        values, v_scale = quantize_v_fp8(vf, FP8_MAX_HALF if recipe.half_sums else FP8_MAX)
     elif recipe.pv == "int8":
         values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if recipe.tiled else (V_MAX, False)))
     elif recipe.half_sums:

@@ -17,7 +17,6 @@ from torch import Tensor
 from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
-from sagert.half_output import HalfOutput
 from sagert.recipes import (
     HALF_KEYS,
     LOG2E,
@@ -157,7 +156,6 @@ def _heads(
     qf = q.float() * torch.tensor(scale * LOG2E, dtype=torch.float32)
     queries = quantize_queries(q, scale, recipe, s)
     k_scale = kv.k_scale.transpose(1, 2)
-    p_scale: float | Tensor
     p_scale, slack = recipe.log2_p
     p_type = torch.float16 if recipe.half_sums else io
     position = torch.arange(s, device=q.device).repeat(rows // s)
@@ -166,7 +164,6 @@ def _heads(
     total = torch.zeros_like(m)
     rounded = torch.zeros_like(m)  # the same of the weights that V is multiplied by
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
-    half = HalfOutput(acc) if recipe.half_output else None
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
     starts = _starts(seen, s, sk, block_n)
@@ -191,9 +188,6 @@ def _heads(
         m_new = torch.where(highest > m + slack, highest, m)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)
-        if half is not None:
-            alpha = alpha * torch.exp2(-half.bound())
-            p_scale = recipe.log2_p[0] - half.steps
         if integer:
             p = _weigh_bytes(scores, highest)
             weight = torch.exp2(highest - base) / 255.0
@@ -216,18 +210,13 @@ def _heads(
                     p = torch.where(in_half, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
-            if half is not None:
-                half.add(alpha, p, kv.v[:, keys], start // block_n, sees)
-            else:
-                rounded = rounded * alpha + p.sum(-1, keepdim=True)
-                products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if recipe.half_sums else p @ kv.v[:, keys]
-                acc = acc * alpha + products
+            rounded = rounded * alpha + p.sum(-1, keepdim=True)
+            products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if recipe.half_sums else p @ kv.v[:, keys]
+            acc = acc * alpha + products
         if kv.positive is not None and kv.negative is not None:
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
-    if half is not None:
-        acc, rounded = half.output(), half.sums
     # Where the tensor core sums P, it is as P is rounded.
     sums_rounded = integer or (recipe.family == "wgmma" and (fp8 or q.shape[2] <= 64))
     out = acc / (rounded if sums_rounded else total)

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Attention of the sm90 wgmma family: INT8 Q K^T with wgmma, online softmax in base 2 (FlashAttention-2, arXiv
-// 2307.08691). P V is with wgmma too: of V in FP8 with P in e4m3, scaled in its exponent (SageAttention2, arXiv
-// 2411.10958), summed in fp16 (as SageAttention2++ does, arXiv 2505.21136); of V in 16 bits, as the caller has it, with
-// P in the same type; of V in INT8 in integers.
+// 2307.08691). P V is with wgmma too: of V in FP8 with P in e4m3 and the factor 448 in its exponent (SageAttention2,
+// arXiv 2411.10958); of V in 16 bits, as the caller has it, with P in the same type; of V in INT8 in integers.
 //
 // A block is one producer warpgroup and consumer warpgroups of 64 queries each; it stays for many tiles. Of the
 // producer's warps one feeds keys and values (producer.cuh), the others go ahead of a consumer each and see to its next

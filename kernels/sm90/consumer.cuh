@@ -5,21 +5,18 @@
 
 #include "consumer_base.cuh"
 #include "exponential.cuh"
-#include "half_output.cuh"
 #include "ptx/named_barrier.cuh"
 
 namespace sagert {
 
-// P's exponent at a row's maximum, log2(112) for e4m3, and how far above it a score moves the maximum. In e4m3 a row's
-// largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
+// P's exponent at a row's maximum, log2(448) for e4m3, and the one above which a score moves the maximum. In e4m3 a
+// row's largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
-constexpr float kAtMaximum = kV == V::kIo ? 8.f : 6.807354922057604f;
-constexpr float kSlack = kV == V::kIo ? 6.f : 0x1p-8f;
-constexpr bool kHalfOutput = kV == V::kFp8;
+constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
+constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
-constexpr int kSums = kHalfOutput ? 1 : 2;  // of a thread's exponentials of a row
 // Parts of a block: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
@@ -40,12 +37,9 @@ struct Consumer : ConsumerBase {
   static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
 
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
-  HalfOutput half;       // kHalfOutput
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
-  float limit[2];        // the exponent above which a score moves the maximum, unless kLimitsInShared
-  uint32_t largest_sum;  // kHalfOutput: of P, a float that all lanes share
   float q_scale[2];      // unless kScalesInShared
-  float sum[2 * kSums];  // kExactSums: of the exponentials
+  float sum[4];          // kExactSums: of the exponentials, two for each row
   uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
   using ConsumerBase::ConsumerBase;
@@ -62,22 +56,13 @@ struct Consumer : ConsumerBase {
       }
     } else {
 #pragma unroll
-      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(half.sums, weights + 4 * i, operand_behind(b, 32 * i));
+      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
     }
     wgmma_commit();
   }
 
-  // Of this thread's keys, without a pointer of its own.
-  __device__ __forceinline__ float k_scale_at(int block) const {
-    return __ldg(p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad());
-  }
-
   __device__ __forceinline__ float scale_of_row(int r) const {
     return kScalesInShared ? s.q_scale[row() + 8 * r] : q_scale[r];
-  }
-
-  __device__ __forceinline__ float& limit_of_row(int r) {
-    return kLimitsInShared ? s.limit[r][thread_index() - 128] : limit[r];
   }
 
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale.
@@ -88,38 +73,27 @@ struct Consumer : ConsumerBase {
       top[r] = static_cast<float>(row_top(scores, r));
       c[r] = scale_of_row(r) * k_scale;
     }
-    const bool within = !is_beyond(0) && !is_beyond(1) && fmaf(top[0], c[0], b[0]) <= limit_of_row(0) &&
-                        fmaf(top[1], c[1], b[1]) <= limit_of_row(1);
+    const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
     if (__any_sync(~0u, !within)) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
     }
   }
 
-  // Has the sum of P grown so much that O in fp16 might overflow?
-  __device__ __forceinline__ bool is_beyond(int r) const { return kHalfOutput && l[r] > __uint_as_float(largest_sum); }
-
-  // Moves row r's maximum where a score exceeds it, or where O is to be smaller. x: the thread's largest score, scaled.
+  // x: the thread's largest score of a row, scaled.
   __device__ __forceinline__ void advance_maximum(int r, float x) {
-    const float most = limit_of_row(r);
-    if (__all_sync(~0u, x + b[r] <= most && !is_beyond(r))) return;
+    if (__all_sync(~0u, x + b[r] <= kLargest)) return;
     const float top = quad_max(x);
-    const float steps = is_beyond(r) ? kSumSteps : 0.f;
-    const float next = top + b[r] <= most ? b[r] - steps : most - kSlack - steps - top;
-    if constexpr (kHalfOutput) limit_of_row(r) = most - steps;
+    const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
     if (first) return;
+    l[r] *= alpha;
+    sum[2 * r] *= alpha;
+    sum[2 * r + 1] *= alpha;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) sum[kSums * r + i] *= alpha;
-    if constexpr (kHalfOutput) {
-      l[r] *= half.scale(s, r, alpha);
-    } else {
-      l[r] *= alpha;
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
-    }
+    for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
   }
 
   // The same for a block with masks.
@@ -166,13 +140,13 @@ struct Consumer : ConsumerBase {
 #pragma unroll
       for (int n = i; n < i + 2; ++n) {
         const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
-        if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
+        if constexpr (kExactSums) sum[n % 4] += e;
         scores[n] = __float_as_int(e);
       }
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
       sum[0] += half2_sum(pair_sum[0]);
-      sum[kSums] += half2_sum(pair_sum[1]);
+      sum[2] += half2_sum(pair_sum[1]);
     }
   }
 
@@ -226,38 +200,28 @@ struct Consumer : ConsumerBase {
     pack<first, last>();
     if constexpr (part == 0 && kWall) wait_for_block();  // it has come: this is no more than a branch
     pin_first<kWeights*(part + 1) / kParts>(scores);
-    if constexpr (part == 0) pin_output();
+    if constexpr (part == 0) pin(o);
     issue_pv<first, last>();
     if constexpr (part + 1 < kParts) weigh<part + 1>(c);
-  }
-
-  __device__ __forceinline__ void pin_output() {
-    if constexpr (kHalfOutput) {
-      pin(half.sums);
-    } else {
-      pin(o);
-    }
   }
 
   // A block's sums of P stand behind its O. They are positive: in the tensor core's accumulator, which drops low bits,
   // the sum over many blocks would fall short.
   __device__ __forceinline__ void take_sums() {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if constexpr (kHalfOutput) {
-        l[r] += half.take_sum(r);
-      } else {
-        l[r] += o[kHeadDim / 2 + 2 * r];
-        o[kHeadDim / 2 + 2 * r] = 0.f;
-      }
-    }
+    for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) o[kHeadDim / 2 + 2 * r] = 0.f;
   }
 
-  // The blocks from `block` down to `stop`; the first `masked` ones need masks.
-  __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
+  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
+  // the keys; with keys that are not finite every block is masked.
+  __device__ __forceinline__ void attend_blocks() {
+    int masked = uniform(task().masked);
+    const int begin = uniform(task().begin);
 #pragma unroll 1
-    for (; block >= stop; --block) {
-      const float k_scale = kScalesInShared ? k_scale_at(block) : next_k_scale();
+    for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
+      const float k_scale = next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
@@ -271,31 +235,10 @@ struct Consumer : ConsumerBase {
       }
       weigh<0>(c);
       wgmma_wait<0>();
-      pin_output();
+      pin(o);
       pin_first<kWeights>(scores);
       if constexpr (kOnes != 0) take_sums();
       release_block();
-    }
-  }
-
-  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
-  // the keys; with keys that are not finite every block is masked.
-  __device__ __forceinline__ void attend_blocks() {
-    int masked = uniform(task().masked);
-    const int begin = uniform(task().begin);
-    int block = static_cast<int>(uniform(task().end)) - 1;
-    if constexpr (kHalfOutput) {
-      largest_sum = uniform(__float_as_uint(kLargestFirstSum));
-      int stop = block - kFirstBlocks + 1;
-#pragma unroll 1
-      while (block >= begin) {
-        attend_run(block, static_cast<int>(uniform(max(begin, stop))), masked);
-        largest_sum = uniform(__float_as_uint(kLargestSum));
-        if (block >= begin && (block + 1) % kSettleBlocks == 0) half.settle(s);
-        stop = block / kSettleBlocks * kSettleBlocks;
-      }
-    } else {
-      attend_run(block, begin, masked);
     }
   }
 
@@ -305,16 +248,13 @@ struct Consumer : ConsumerBase {
       for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     }
     b[0] = b[1] = -kLowest;
-    limit_of_row(0) = limit_of_row(1) = kAtMaximum + kSlack;
-    if constexpr (kHalfOutput) half.clear(s);
-    for (float& x : sum) x = 0.f;
+    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
     attend_blocks();
-    if constexpr (kHalfOutput) half.read(s, o, task().begin, task().end);
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      total[r] = kExactSums ? row_sum(kSums == 1 ? sum[r] : sum[2 * r] + sum[2 * r + 1]) : l[r];
+      total[r] = kExactSums ? row_sum(sum[2 * r] + sum[2 * r + 1]) : l[r];
       if constexpr (kOnes == 0) l[r] = total[r];
     }
     write({-b[0], -b[1]}, total);

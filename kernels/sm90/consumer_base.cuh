@@ -26,7 +26,7 @@ struct ConsumerBase {
   const float* k_scales;
   int turn;    // of for_each_tile()
   float l[2];  // sums of P
-  float o[kHeadDim / 2 + (kV == V::kIo ? kOnes / 2 : 0)];
+  float o[kHeadDim / 2 + kOnes / 2];
 
   __device__ __forceinline__ ConsumerBase(const Params& params, Shared& shared) : p(params), s(shared) {
     k_operand = uniform_operand(descriptor<kHeadDim>(shared_address(s.k[0])));
@@ -180,7 +180,7 @@ struct ConsumerBase {
     k_scales = p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + last) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
-    for (float& x : o) x = 0.f;
+    for (int i = 0; i < kHeadDim / 2 + kOnes / 2; ++i) o[i] = 0.f;
   }
 
   // `maximum` of each row, which l and O refer to; `total` is the sum of its exponentials.

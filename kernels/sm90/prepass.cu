@@ -214,10 +214,6 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   cluster_wait();
 }
 
-// Largest value of V in e4m3: 448 less a power of two, which costs none but the smallest values precision and keeps O
-// within fp16 (half_output.cuh).
-constexpr float kLargestV = 3.5f;
-
 // Shift and inverse scale of one channel of V, in s; rank 0 writes what attention needs.
 __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel,
                                                  bool nonfinite) {
@@ -236,8 +232,8 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
     if constexpr (!kInt8V) {
       float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
       bool zero = !(amax >= kTiny);  // also where nothing is finite
-      s.inverse[channel] = zero ? 0.0f : kLargestV / amax;
-      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / kLargestV);
+      s.inverse[channel] = zero ? 0.0f : 448.0f / amax;
+      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / 448.0f);
     }
   }
 }

@@ -28,8 +28,6 @@ constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 constexpr int kThreads = 128 * (kGroups + 1);
-// Where registers are shortest, what is seldom needed stays in shared memory.
-constexpr bool kLimitsInShared = kHeadDim == 128 && kV == V::kFp8;
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
 static_assert(kGroups == 3, "other numbers of warpgroups have other registers");
@@ -130,9 +128,7 @@ struct Shared {
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
-  float limit[2][kLimitsInShared ? 128 * kGroups : 1];    // Consumer::limit, of each thread
-  uint32_t pending[kLimitsInShared ? 128 * kGroups : 1];  // HalfOutput::pending
-  float q_shift[kRows];                                   // Q times the shift of K, in the unit of the exponent
+  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
 #if V8_I8
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
