@@ -51,8 +51,8 @@ def test_constants_are_the_kernels():
             assert where[8 * (pair % 2), 8 * (pair // 2)].item() == bool(int(pattern, 16) >> pair & 1)
     from sagert import exponential
 
-    halves = [int(x[:4], 16) for x in re.findall(r"0x([0-9a-f]{8})u\)", text)]
-    halves += [int(x[:4], 16) for x in re.findall(r"half2_fma\(m, 0x([0-9a-f]{8})u", text)]
-    for coefficient in exponential._COEFFICIENTS:
+    halves = re.findall(r"0x([0-9a-f]{8})u", "".join(re.findall(r"half2_fma\(.*\)", text)))
+    for coefficient, half in zip(exponential._COEFFICIENTS, halves, strict=True):
         bits = torch.tensor(coefficient, dtype=torch.float16).view(torch.int16).item() & 0xFFFF
-        assert bits in halves
+        assert half == f"{bits:04x}" * 2
+    assert float(re.search(r"kHalfBias = (\d+)\.f;", text)[1]) == exponential._HALF_BIAS
