@@ -11,6 +11,7 @@ namespace tiled {
 namespace {
 
 constexpr int64_t kKeyGroups = 4;                        // of a block, each with a scale of its own
+constexpr int64_t kNormSlots = 32;                       // of a head: kernels/common/bounds.cuh
 constexpr int64_t kVectorElements = 8;                   // what vector loads need strides to be multiples of
 constexpr int64_t kSectionBytesMax = int64_t{24} << 20;  // of quantized K and V that attention keeps in L2
 
@@ -72,6 +73,7 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   plan.k_scale = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_bad = kv.reserve(true, blocks * kKeyGroups * kWord);
   plan.k_shift = kv.reserve(true, heads * d * kWord);
+  plan.k_norm = kv.reserve(!quantized_v, heads * kNormSlots * kWord);
   plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * v_bytes(plan.pv));
   plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
   plan.v_mean = kv.reserve(quantized_v, heads * d * kWord);

@@ -37,7 +37,8 @@ struct Plan : Operands {
   bool int4 = false;  // Q and K
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
   // Offsets into memory.kv.
-  int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0, head_flags = 0;
+  int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, k_norm = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0,
+          head_flags = 0;
   Memory memory;
 
   bool reads_v() const { return pv == Pv::kIo && !copy_v; }  // as the caller has it
@@ -67,6 +68,7 @@ void pass_quantized(Sink& sink, const Plan& plan) {
   sink.pointer("KScale", plan.kv_at(plan.k_scale));
   sink.pointer("KBad", plan.kv_at(plan.k_bad));
   sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("KNorm", plan.kv_at(plan.k_norm));
   sink.pointer("V8", plan.kv_at(plan.v8));
   sink.pointer("VScale", plan.kv_at(plan.v_scale));
   sink.pointer("VMean", plan.kv_at(plan.v_mean));
@@ -100,6 +102,7 @@ void pass_queries_and_keys(Sink& sink, const Plan& plan) {
   sink.pointer("KScale", plan.kv_at(plan.k_scale));
   sink.pointer("KBad", plan.kv_at(plan.k_bad));
   sink.pointer("KShift", plan.kv_at(plan.k_shift));
+  sink.pointer("KNorm", plan.kv_at(plan.k_norm));
 }
 
 // ... behind V, ...

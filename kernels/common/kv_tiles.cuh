@@ -2,6 +2,7 @@
 // Pre-passes, second reading of K and V: tiles of 128 keys, held by the 8 warps of a block, to INT8 and e4m3.
 #pragma once
 
+#include "bounds.cuh"
 #include "kv_rows.cuh"
 #include "values.cuh"
 
@@ -104,10 +105,12 @@ __device__ __forceinline__ uint32_t warp_magnitude(const Extrema<4>& extrema, co
   return __reduce_max_sync(0xffffffffu, __float_as_uint(amax) & 0x7fffffffu);
 }
 
-// Writes a thread's channels of its rows, from the first row's place on.
+// Writes a thread's channels of its rows, from the first row's place on. Returns the largest sum of squares of these
+// channels' codes in one row, if anything asks for it.
 template <bool check>
-__device__ __forceinline__ void write_k_rows(uint8_t* out, int offset, const KTile& tile, const float (&shift)[8],
-                                             float inverse, SpecialRows special) {
+__device__ __forceinline__ int write_k_rows(uint8_t* out, int offset, const KTile& tile, const float (&shift)[8],
+                                            float inverse, SpecialRows special) {
+  int largest = 0;
 #pragma unroll
   for (int i = 0; i < kKLoads; ++i) {
     uint32_t q[8];
@@ -126,8 +129,23 @@ __device__ __forceinline__ void write_k_rows(uint8_t* out, int offset, const KTi
       uint2 packed = make_uint2(pack_low_bytes(q[0], q[1], q[2], q[3]), pack_low_bytes(q[4], q[5], q[6], q[7]));
       if (zero) packed = make_uint2(0, 0);
       *reinterpret_cast<uint2*>(out + place) = packed;
+      if constexpr (kNormsOfK) largest = max(largest, add_squares(packed.x, add_squares(packed.y, 0)));
     }
   }
+  return largest;
+}
+
+// A bound of the norms of the warp's keys, from the largest that each lane's channels have over them. Channels whose
+// largest ones are of different keys make it up to 1.6 times the largest norm at N(0, 1); but no key needs an exchange.
+__device__ __forceinline__ float norm_bound(float largest) {
+#pragma unroll
+  for (int i = kChunks; i < 32; i *= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+  // In parts of the largest: squares of tiny norms would vanish, and those of huge ones overflow.
+  const float unit = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+  float sum = unit == 0.0f ? 0.0f : (largest / unit) * (largest / unit);
+#pragma unroll
+  for (int i = 1; i < kChunks; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  return unit * sqrtf(sum);
 }
 
 // Warp w holds the 16 keys from 16 w on, a thread kVChannels channels of each.

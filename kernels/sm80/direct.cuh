@@ -19,6 +19,11 @@ struct DirectWarp : SerialWarp<DirectWarp> {
   Weights weights[kChunks];
   Weights tail;  // of the last chunk of the step before
 
+  // No step to come moves a maximum or needs a mask: that stands in a bit of the slot which nothing else looks at, so
+  // that it takes no register. All lanes agree: as a vote the compiler knows.
+  static constexpr int kSettled = 1 << 29;
+  static __device__ __forceinline__ bool is_settled(int slot) { return kBounded && __all_sync(~0u, slot >= kSettled); }
+
   // Weights of pair `i` of a chunk: what becomes register i % 4 of its A fragment.
   __device__ __forceinline__ void weigh(int chunk, int i) {
     const int m = i / 4, a = i % 4, r = 2 * m + a % 2;
@@ -60,15 +65,19 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     }
   }
 
-  __device__ __forceinline__ void attend_step(int step, int slot) {
+  __device__ __forceinline__ void attend_step(int step, int& slot) {
     const float k_scale = load_k_scale(step);
     const int stage = stage_of(slot);
-    const uint32_t tail_address = v_lane_at(tail_at(base, slot - kNextSlot));
+    const uint32_t tail_address = tail_lane(slot - kNextSlot);
     multiply_k(stage);
-    mask(step);
+    if (!is_settled(slot)) mask(step);
 #pragma unroll
     for (int unit = 0; unit < kUnits / 2; ++unit) multiply_v(tail, unit, tail_address);
-    reduce(stage, k_scale, [&](int r, float alpha) { scale_tail(r, alpha); });
+    if (is_settled(slot)) {
+      set_scales(k_scale);
+    } else if (reduce(stage, k_scale, [&](int r, float alpha) { scale_tail(r, alpha); })) {
+      if (kBounded && settles(step)) slot += kSettled;
+    }
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) weigh(0, i);
 #pragma unroll

@@ -28,6 +28,7 @@ struct alignas(128) Shared {
   float stats[kStatsMax][kHeadDim];
   float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   int64_t channel_stride;
+  uint32_t norm;  // bits, of this block's keys
 };
 
 // The keys that fall to this block: of a head with `blocks` blocks, in steps [first, last) of 128 keys.
@@ -57,8 +58,7 @@ struct KOut {
   int* bad;
 };
 
-__device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTile& tile, const Task& t,
-                                           const KOut& out) {
+__device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, const Task& t, const KOut& out) {
   const int lane = threadIdx.x % 32;
   const int chunk = lane % kChunks;  // of 8 channels
   float shift[8];
@@ -95,7 +95,12 @@ __device__ __forceinline__ void quantize_k(const Shared& s, const Input& in, KTi
       const float inverse = amax < kTiny ? 0.0f : kCodeMax / amax;
       uint8_t* rows =
           reinterpret_cast<uint8_t*>(out.k8) + (static_cast<int64_t>(bh) * t.blocks + step * kStepBlocks) * kKTileBytes;
-      write_k_rows<true>(rows, offset, tile, shift, inverse, special);  // to look at every row costs no time here
+      // To look at every row costs no time here.
+      const int squares = write_k_rows<true>(rows, offset, tile, shift, inverse, special);
+      if constexpr (kNormsOfK) {  // for each step anew: a register over all steps is not there
+        const float norm = norm_bound(sqrtf(static_cast<float>(squares)) * (amax * (1.0f / kCodeMax)));
+        if (lane == 0) atomicMax(&s.norm, __float_as_uint(norm));
+      }
     }
     forget(row);
     if (in.vectors && step > t.first) tile.load(in, (step - 1) * kStepKeys + row);
@@ -300,16 +305,20 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
 // Grid: parts * B * Hk blocks, twice as many with v_jobs.
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, sagert::kBlocksPerSm)
     quantize_kv(const uint16_t* K, const uint16_t* V, const float* KSum, const float* VStats, const int* PartBad,
-                const int* PartFirst, int8_t* K8, float* KScale, int* KBad, float* KShift, sagert::VOut* V8,
-                sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k, int blocks,
-                int heads_kv, int head_dim, int head_dim_v, int smooth_k, int v_jobs, int copy_v, int v_stats,
-                int parts, int part_rows, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd, int64_t v_sb,
-                int64_t v_sh, int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
+                const int* PartFirst, int8_t* K8, float* KScale, int* KBad, float* KShift, float* KNorm,
+                sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k,
+                int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k, int v_jobs, int copy_v,
+                int v_stats, int parts, int part_rows, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd,
+                int64_t v_sb, int64_t v_sh, int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
   using namespace sagert;
   __shared__ Shared s;
-  const int index = gridDim.x - 1 - blockIdx.x, job = index / parts;
+  int index = gridDim.x - 1 - blockIdx.x;
+  const int job = index / parts;
   const bool is_v = v_jobs != 0 && job % 2 == 1;
-  if (threadIdx.x == 0) s.channel_stride = is_v ? v_sd : k_sd;
+  if (threadIdx.x == 0) {
+    s.channel_stride = is_v ? v_sd : k_sd;
+    s.norm = 0;
+  }
   __syncthreads();
   Task t;
   t.bh = v_jobs != 0 ? job / 2 : job;
@@ -327,5 +336,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, sagert::kBlocksPe
   } else {
     Input in{K + b * k_sb + h * k_sh, k_ss, &s.channel_stride, seqlen_k, head_dim, k_vec != 0};
     run_k(s, p, in, t);
+    if constexpr (kNormsOfK) {
+      __syncthreads();
+      forget(index);  // worked out anew: kept, it would take registers from the loads
+      const int64_t head = index / parts / (v_jobs != 0 ? 2 : 1);
+      if (threadIdx.x == 0) write_norm(KNorm + head * kNormSlots, __uint_as_float(s.norm), index % parts, parts);
+    }
   }
 }

@@ -30,6 +30,9 @@ struct SerialWarp : Warp {
   __device__ __forceinline__ void attend() {
     if (threadIdx.x == 0) Copies::begin(p, s, tile_at(p, blockIdx.x));
     __syncthreads();
+    if constexpr (kKeepPlaces) {
+      Copies::keep_places(p, s, k_lane_at(SAGERT_AT(base, k)), v_lane_at(SAGERT_AT(base, v)));
+    }
     float scale[kR];
     if (!p.q_vec) stage_all(scale);
     int step = s.tile.steps - 1, slot = kNextSlot < 0 ? step : 0;

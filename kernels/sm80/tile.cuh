@@ -2,6 +2,7 @@
 // What an attention block of the mma.sync family is given and shares: parameters, order of tiles, shared memory.
 #pragma once
 
+#include "bounds.cuh"
 #include "integers.cuh"
 #include "order.cuh"
 #include "ptx/async_copy.cuh"
@@ -36,6 +37,11 @@ constexpr int kTailKeys = kV == V::kIo ? 16 : 0, kTails = 4;
 constexpr int kTailBytes = kTailKeys * kVRowBytes;
 constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * (kStep - kTailKeys) * kHeadDim;
 
+constexpr bool kBounded = kNormsOfK;  // steps without row maxima, where scores are bounded beforehand
+// What a thread's addresses start from stands in shared memory: worked out in every step it takes 20 to 30 instructions
+// more, and registers are short. Without masks at 128 channels the compiler makes slower code of that (505 TF for 533).
+constexpr bool kKeepPlaces = kV == V::kIo && (kCausal || kHeadDim == 64);
+
 constexpr int kRingBytes = kStages * (kKTileBytes + kVTileBytes), kStagedBytes = 2 * 16 * kWarps * kChannels;
 
 struct Params {
@@ -44,6 +50,7 @@ struct Params {
   const float* k_scale;
   const int* k_bad;
   const float* k_shift;
+  const float* k_norm;
   const int8_t* v;
   const VScaleType* v_scale;
   const float* v_mean;
@@ -106,6 +113,21 @@ struct alignas(128) Shared {
 // Addresses of what the loop over the keys reads, from the register that holds the address of all.
 #define SAGERT_AT(base, member) \
   ((base) + static_cast<uint32_t>(reinterpret_cast<uint64_t>(&reinterpret_cast<Shared*>(0)->member)))
+
+// Behind that stands what only some kernels have, in this order.
+struct Places {
+  // Of each thread: where its keys and values of step 0 come from, ...
+  uint4 sources[kThreads];
+  // ... where they go in slot 0, and what it gives ldmatrix of the keys and the values there.
+  uint4 targets[kThreads];
+};
+struct Bounds {
+  float bound[kWarps][8][2 * kM];  // what no score of a row exceeds; the rows of a lane stand together
+};
+constexpr int kPlacesAt = sizeof(Shared), kTargetsAt = kPlacesAt + sizeof(Places::sources);
+constexpr int kBoundsAt = kPlacesAt + (kKeepPlaces ? sizeof(Places) : 0);
+constexpr int kSharedBytes = kBoundsAt + (kBounded ? sizeof(Bounds) : 0);
+
 // Steps' places in the rings follow one another, downwards as the steps do or upwards: registers suffice for one way.
 constexpr int kNextSlot = kTailKeys != 0 ? -1 : 1;
 static_assert((kStages & (kStages - 1)) == 0, "stages are counted by masks");

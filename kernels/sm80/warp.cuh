@@ -157,25 +157,26 @@ struct Warp {
   }
 
   // Exponents' factors of a step, and the row maxima, which move only where a score is too far above them;
-  // scale_weights(r, alpha) then, for weights of row r that O lacks.
+  // scale_weights(r, alpha) then, for weights of row r that O lacks. Says whether a maximum of integers has moved.
   template <typename F>
-  __device__ __forceinline__ void reduce(int stage, float k_scale, F scale_weights) {
+  __device__ __forceinline__ bool reduce(int stage, float k_scale, F scale_weights) {
     if constexpr (kInt4) {
       add_bias(stage, k_scale);
       reduce_biased(scale_weights);
+      return false;
     } else {
-      reduce_integers(k_scale, scale_weights);
+      return reduce_integers(k_scale, scale_weights);
     }
   }
   __device__ __forceinline__ void reduce(int stage, float k_scale) {
     reduce(stage, k_scale, [](int, float) {});
   }
 
-  template <typename F>
-  __device__ __forceinline__ void reduce_integers(float k_scale, F scale_weights) {
+  // Exponents' factors of a step that needs no maxima.
+  __device__ __forceinline__ void set_scales(float k_scale) {
     int t = threadIdx.x;
     forget(t);
-    float q_scale[kR], x[kR];
+    float q_scale[kR];
     const uint32_t rows = base + (t >> 2) * (4 * kR);
     load_shared(q_scale, SAGERT_AT(rows, q_scale));
     load_shared(b, SAGERT_AT(rows, maximum));
@@ -183,24 +184,43 @@ struct Warp {
     for (int r = 0; r < kR; ++r) {
       c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
       set_offset(r);
-      x[r] = fmaf(__int_as_float(row_top(r)), c[r], d[r]);
     }
+  }
+
+  template <typename F>
+  __device__ __forceinline__ bool reduce_integers(float k_scale, F scale_weights) {
+    int t = threadIdx.x;
+    forget(t);
+    float x[kR];
+    set_scales(k_scale);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) x[r] = fmaf(__int_as_float(row_top(r)), c[r], d[r]);
 #pragma unroll
     for (int r = 1; r < kR; ++r) x[0] = fmaxf(x[0], x[r]);
-    if (__any_sync(~0u, x[0] > kLargest | unit() > kCoarse)) {
+    if (!__any_sync(~0u, x[0] > kLargest | unit() > kCoarse)) return false;
 #pragma unroll
-      for (int r = 0; r < kR; ++r) {
-        const int top = row_top(r);
-        advance_maximum(r, top == kMasked ? kLowest : scaled(r, top), scale_weights);
-      }
-      __syncwarp();  // all four lanes of a row have read the maximum
-      if ((t & 3) == 0) store_shared(SAGERT_AT(rows, maximum), b);
-      __syncwarp();
-      if (__any_sync(~0u, unit() > kCoarse)) {
-#pragma unroll
-        for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), scaled(r, row_top(r)) + b[r]);
-      }
+    for (int r = 0; r < kR; ++r) {
+      const int top = row_top(r);
+      advance_maximum(r, top == kMasked ? kLowest : scaled(r, top), scale_weights);
     }
+    __syncwarp();  // all four lanes of a row have read the maximum
+    if ((t & 3) == 0) store_shared(SAGERT_AT(base + (t >> 2) * (4 * kR), maximum), b);
+    __syncwarp();
+    if (__any_sync(~0u, unit() > kCoarse)) {
+#pragma unroll
+      for (int r = 0; r < kR; ++r) set_exponents(r, row_top(r), scaled(r, row_top(r)) + b[r]);
+    }
+    return true;
+  }
+
+  // No step after `step` moves a maximum or needs a mask.
+  __device__ __forceinline__ bool settles(int step) const {
+    float bound[kR];
+    load_shared(bound, base + kBoundsAt + (thread() >> 2) * (4 * kR));
+    bool within = step <= load_shared_s32(SAGERT_AT(base, full) + thread() / 32 * 4);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) within = within & is_bounded(b[r], bound[r], kLargest);
+    return __all_sync(~0u, within);
   }
 
   // A score in the unit of the exponent, from its bits.
@@ -210,7 +230,12 @@ struct Warp {
   template <typename F>
   __device__ __forceinline__ void advance_maximum(int r, float largest, F scale_weights) {
     const float highest = quad_max(largest);
-    const float next = highest + b[r] <= kLargest ? b[r] : __fsub_rd(kAtMaximum, highest);
+    float moved = __fsub_rd(kAtMaximum, highest);
+    if constexpr (kBounded) {
+      const float bound = load_shared_f32(base + kBoundsAt + (thread() >> 2) * (4 * kR) + 4 * r);
+      moved = bounded_offset(highest, bound, kAtMaximum, kLargest);
+    }
+    const float next = highest + b[r] <= kLargest ? b[r] : moved;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
     scale_weights(r, alpha);
@@ -236,13 +261,26 @@ struct Warp {
     return !kCausal || __all_sync(~0u, step < load_shared_s32(SAGERT_AT(base, steps) + thread() / 32 * 4));
   }
 
-  // What this lane gives ldmatrix of the keys and the values of a stage.
+  // What this lane gives ldmatrix of the keys and the values of a stage, and of the last keys' values of a slot.
   __device__ __forceinline__ uint32_t k_lane(int stage) const {
-    const unsigned lane = thread() % 32, key = lane / 16 * 8 + lane % 8;
-    return SAGERT_AT(base, k) + stage * kKTileBytes + key * kKRowBytes + swizzled<kKRowBytes>(lane / 8 % 2, key) * 16;
+    if constexpr (kKeepPlaces) return kept_place(2) + stage * kKTileBytes;
+    return k_lane_at(SAGERT_AT(base, k) + stage * kKTileBytes);
   }
   __device__ __forceinline__ uint32_t v_lane(int stage) const {
+    if constexpr (kKeepPlaces) return kept_place(3) + stage * kVTileBytes;
     return v_lane_at(SAGERT_AT(base, v) + stage * kVTileBytes);
+  }
+  __device__ __forceinline__ uint32_t tail_lane(int slot) const {
+    if constexpr (kKeepPlaces) return kept_place(3) + tail_behind(slot);
+    return v_lane_at(tail_at(base, slot));
+  }
+  // Of those that stand in shared memory for this thread, as Places has them.
+  __device__ __forceinline__ uint32_t kept_place(int i) const {
+    return load_shared_s32(base + kTargetsAt + thread() * 16 + 4 * i);
+  }
+  static __device__ __forceinline__ uint32_t k_lane_at(uint32_t tile) {
+    const unsigned lane = thread() % 32, key = lane / 16 * 8 + lane % 8;
+    return tile + key * kKRowBytes + swizzled<kKRowBytes>(lane / 8 % 2, key) * 16;
   }
   static __device__ __forceinline__ uint32_t v_lane_at(uint32_t tile) {
     const unsigned lane = thread() % 32, key = lane % 8;
@@ -274,15 +312,27 @@ struct Warp {
   }
 
   __device__ __forceinline__ void begin(float (&scale)[kR]) {
+    const float slot = kBounded ? norm_slot(p.k_norm, s.tile.head / p.group) : 0.f;
     if (p.q_vec) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         quantize_queries(p, s.tile, queries() + (row() + 16 * m) * p.q_ss, p.q_ss, first_row() + 16 * m, m, q, scale);
       }
     }
+    const float norm = kBounded ? largest_norm(slot) : 0.f;
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
       const bool finite = scale[r] < infinity();
+      if constexpr (kBounded) {
+        int squares = 0;
+#pragma unroll
+        for (int k = 0; k < kQueryParts; ++k) {
+          squares = add_squares(q[r / 2][k][r % 2], add_squares(q[r / 2][k][r % 2 + 2], squares));
+        }
+        const float bound = score_bound(scale[r], row_sum(squares), norm);
+        Bounds& bounds = *reinterpret_cast<Bounds*>(reinterpret_cast<char*>(&s) + kBoundsAt);
+        if (quad() == 0) bounds.bound[threadIdx.x / 32][lane() / 4][r] = bound;
+      }
       sum[r] = finite ? 0.f : nan();
       if (quad() == 0) s.q_scale[threadIdx.x / 32][lane() / 4][r] = finite ? scale[r] : 0.f;
       b[r] = -kLowest;

@@ -21,6 +21,7 @@ static_assert(sizeof(sagert::Shared) + 1023 <= SHARED_BYTES, "the manifest gives
 
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     attention(const uint16_t* Q, const int8_t* K8, const float* KScale, const int* KBad, const float* KShift,
+              const float* KNorm,
 #if VMAP_TENSORMAP
               const __grid_constant__ sagert::ptx::TensorMap VMap,
 #else
@@ -41,11 +42,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
 #else
   const TensorMap* v_map = nullptr;
 #endif
-  const Params p = {Q,          K8,         KScale,         KBad,     KShift,     V8,         v_map,       VScale,
-                    VMean,      VFirst,     HeadFlags,      Out,      Lse,        scale_log2, seqlen_q,    seqlen_k,
-                    blocks,     heads_q,    group,          head_dim, head_dim_v, tiles,      heads_total, section,
-                    q_sb,       q_sh,       q_ss,           q_sd,     o_sb,       o_sh,       o_ss,        o_sd,
-                    q_vec != 0, o_vec != 0, write_lse != 0, PartOut,  PartLse};
+  const Params p = {Q,        K8,         KScale,     KBad,           KShift,   KNorm,      V8,         v_map,
+                    VScale,   VMean,      VFirst,     HeadFlags,      Out,      Lse,        scale_log2, seqlen_q,
+                    seqlen_k, blocks,     heads_q,    group,          head_dim, head_dim_v, tiles,      heads_total,
+                    section,  q_sb,       q_sh,       q_ss,           q_sd,     o_sb,       o_sh,       o_ss,
+                    o_sd,     q_vec != 0, o_vec != 0, write_lse != 0, PartOut,  PartLse};
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {

@@ -65,26 +65,45 @@ struct Consumer : ConsumerBase {
     return kScalesInShared ? s.q_scale[row() + 8 * r] : q_scale[r];
   }
 
-  // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale.
-  __device__ __forceinline__ void reduce(float (&c)[2], float k_scale) {
+  __device__ __forceinline__ float bound_of_row(int r) const { return s.q_bound[row() + 8 * r]; }
+
+  // No score of the warp's rows to come moves a maximum.
+  __device__ __forceinline__ bool bounded() const {
+    if constexpr (!kBounded) return false;
+    const bool within = is_bounded(b[0], bound_of_row(0), kLargest) && is_bounded(b[1], bound_of_row(1), kLargest);
+    return __all_sync(~0u, within);
+  }
+
+  // Scales of the exponents of a block that needs no maxima.
+  __device__ __forceinline__ void set_scales(float (&c)[2], float k_scale) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) c[r] = scale_of_row(r) * k_scale;
+  }
+
+  // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale. Says
+  // whether a maximum has moved.
+  __device__ __forceinline__ bool reduce(float (&c)[2], float k_scale) {
     float top[2];
+    set_scales(c, k_scale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = static_cast<float>(row_top(scores, r));
-      c[r] = scale_of_row(r) * k_scale;
     }
     const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
-    if (__any_sync(~0u, !within)) {
+    if (!__any_sync(~0u, !within)) return false;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
-    }
+    for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
+    return true;
   }
 
   // x: the thread's largest score of a row, scaled.
   __device__ __forceinline__ void advance_maximum(int r, float x) {
     if (__all_sync(~0u, x + b[r] <= kLargest)) return;
     const float top = quad_max(x);
-    const float next = top + b[r] <= kLargest ? b[r] : kAtMaximum - top;
+    float next = b[r];
+    if (!(top + b[r] <= kLargest)) {
+      next = kBounded ? bounded_offset(top, bound_of_row(r), kAtMaximum, kLargest) : kAtMaximum - top;
+    }
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
@@ -217,7 +236,7 @@ struct Consumer : ConsumerBase {
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
   // the keys; with keys that are not finite every block is masked.
   __device__ __forceinline__ void attend_blocks() {
-    int masked = uniform(task().masked);
+    int masked = uniform(task().masked);  // below 0: no block to come needs maxima
     const int begin = uniform(task().begin);
 #pragma unroll 1
     for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
@@ -230,8 +249,11 @@ struct Consumer : ConsumerBase {
         --masked;
         reduce_masked(c, k_scale, block);
         if (kV == V::kIo && kCausal && task().v_bad) clear_nonfinite();
-      } else {
-        reduce(c, k_scale);
+        if (kBounded && masked == 0 && bounded()) masked = -1;
+      } else if (kBounded && masked < 0) {
+        set_scales(c, k_scale);
+      } else if (reduce(c, k_scale) && bounded()) {
+        masked = -1;
       }
       weigh<0>(c);
       wgmma_wait<0>();

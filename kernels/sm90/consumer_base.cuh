@@ -153,6 +153,7 @@ struct ConsumerBase {
     auto keep = [&](int r, const QuantizedRow& quantized) {
       s.q_scale[r] = quantized.scale;
       s.q_shift[r] = quantized.shift;
+      if constexpr (kBounded) s.q_bound[r] = score_bound(quantized.scale, quantized.squares, task().k_norm);
     };
     if (p.q_vec) {
 #pragma unroll

@@ -56,6 +56,7 @@ struct TileWriter {
 // flight). Backwards: what was read last is in L2 for sure.
 __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, int first, int last, int8_t* k8,
                                            float* k_scale, int* k_bad) {
+  float norm = 0.0f;  // largest of this thread's channels
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int chunk = lane % kChunks;  // of 8 channels
   float shift[8];
@@ -99,13 +100,15 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
     float group = group_amax(warp % kKGroups);
     float inverse = group < kTiny ? 0.0f : 127.0f / group;
 
-    if (has_special) {
-      write_k_rows<true>(out, offset, tile, shift, inverse, special);
-    } else {
-      write_k_rows<false>(out, offset, tile, shift, inverse, special);
-    }
+    const int squares = has_special ? write_k_rows<true>(out, offset, tile, shift, inverse, special)
+                                    : write_k_rows<false>(out, offset, tile, shift, inverse, special);
+    if constexpr (kNormsOfK) norm = fmaxf(norm, sqrtf(static_cast<float>(squares)) * (group * (1.0f / 127.0f)));
     fence_async_shared();
     tile = next;
+  }
+  if constexpr (kNormsOfK) {
+    norm = norm_bound(norm);
+    if (lane == 0) atomicMax(&s.norm, __float_as_uint(norm));
   }
   writer.finish(count, first);
 }
@@ -176,7 +179,7 @@ struct Params {
   int8_t* K8;
   float* KScale;
   int* KBad;
-  float* KShift;
+  float *KShift, *KNorm;
   VOut* V8;
   VScaleType* VScale;
   float* VMean;
@@ -186,8 +189,8 @@ struct Params {
 
 // The part of a job that falls to this block.
 struct Task {
-  int bh, rank, blocks;  // blocks: of the head
-  int first, last;       // key blocks [first, last)
+  int bh, rank, ranks, blocks;  // blocks: of the head
+  int first, last;              // key blocks [first, last)
 };
 
 __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
@@ -210,6 +213,9 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
     int64_t blocks_before = static_cast<int64_t>(t.bh) * t.blocks;
     quantize_k(s, in, tile, t.first, t.last, p.K8 + blocks_before * kTileBytes, p.KScale + blocks_before * kKGroups,
                p.KBad + blocks_before * kKGroups);
+  }
+  if (kNormsOfK && threadIdx.x == 0) {
+    write_norm(p.KNorm + static_cast<int64_t>(t.bh) * kNormSlots, __uint_as_float(s.norm), t.rank, t.ranks);
   }
   cluster_wait();
 }
@@ -273,7 +279,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
 
 // Grid: one cluster of at most CLUSTER blocks per job; B * Hk jobs, twice as many with v_jobs.
 extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
-    quantize_kv(const uint16_t* K, const uint16_t* V, int8_t* K8, float* KScale, int* KBad, float* KShift,
+    quantize_kv(const uint16_t* K, const uint16_t* V, int8_t* K8, float* KScale, int* KBad, float* KShift, float* KNorm,
                 sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k,
                 int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k, int v_jobs, int copy_v,
                 int v_stats, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd, int64_t v_sb, int64_t v_sh,
@@ -285,16 +291,20 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
   const int cluster = static_cast<int>(cluster_size());
   int job = blockIdx.x / cluster;
   bool is_v = v_jobs != 0 && job % 2 == 1;
-  if (threadIdx.x == 0) s.channel_stride = is_v ? v_sd : k_sd;
+  if (threadIdx.x == 0) {
+    s.channel_stride = is_v ? v_sd : k_sd;
+    s.norm = 0;
+  }
   __syncthreads();
   Task t;
   t.bh = v_jobs != 0 ? job / 2 : job;
   t.rank = blockIdx.x % cluster;
+  t.ranks = cluster;
   t.blocks = blocks;
   t.first = static_cast<int>(static_cast<int64_t>(blocks) * t.rank / cluster);
   t.last = static_cast<int>(static_cast<int64_t>(blocks) * (t.rank + 1) / cluster);
   int64_t b = t.bh / heads_kv, h = t.bh % heads_kv;
-  Params p{K8, KScale, KBad, KShift, V8, VScale, VMean, VFirst, HeadFlags, smooth_k, copy_v, v_stats};
+  Params p{K8, KScale, KBad, KShift, KNorm, V8, VScale, VMean, VFirst, HeadFlags, smooth_k, copy_v, v_stats};
   if (is_v) {
     Input in{V + b * v_sb + h * v_sh, v_ss, &s.channel_stride, seqlen_k, head_dim_v, v_vec != 0};
     run_v(s, p, in, t);

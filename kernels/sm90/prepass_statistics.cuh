@@ -28,6 +28,7 @@ struct alignas(128) Shared {
   float v_amax[kInt8V ? 2 : 1][kInt8V ? kWarps : 1][kHeadDim];
   uint32_t k_amax[2][kWarps], k_bad[2][kWarps];
   int head_nonfinite;
+  uint32_t norm;  // bits, of this block's keys
   int64_t channel_stride;
   // Read by the whole cluster.
   int nonfinite;

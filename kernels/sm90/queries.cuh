@@ -15,9 +15,11 @@ __device__ __forceinline__ const uint16_t* queries_of(const Params& p, int head,
   return p.q + head / p.heads_q * p.q_sb + head % p.heads_q * p.q_sh + row * p.q_ss;
 }
 
-// What is kept of a quantized row: its scale and, for the LSE, its product with the shift of K, which the scores lack.
+// What is kept of a quantized row: its scale, the sum of its codes' squares where scores are bounded, and, for the LSE,
+// its product with the shift of K, which the scores lack.
 struct QuantizedRow {
   float scale, shift;
+  int squares;
 };
 
 // A row whose copy has come. `shift` is K's, or null.
@@ -34,11 +36,13 @@ __device__ __forceinline__ QuantizedRow quantize_row(const Params& p, Shared& s,
     pair = __vmaxu2(__vmaxu2(pair, x[i].z & kMagnitude), x[i].w & kMagnitude);
   }
   const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
+  int squares = 0;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     uint2 packed = {quantize4(x[i].x, x[i].y, scale.inverse), quantize4(x[i].z, x[i].w, scale.inverse)};
     const int place = swizzled<kHeadDim>(vector(i) / 2, r) * 16 + vector(i) % 2 * 8;
     *reinterpret_cast<uint2*>(s.q + r * kHeadDim + place) = packed;
+    if constexpr (kBounded) squares = add_squares(packed.x, add_squares(packed.y, squares));
   }
   float product = 0.f;
   if (shift != nullptr) {
@@ -53,7 +57,8 @@ __device__ __forceinline__ QuantizedRow quantize_row(const Params& p, Shared& s,
     }
     product = row_sum(product);
   }
-  return {scale.scale, product * p.scale_log2};
+  if constexpr (kBounded) squares = row_sum(squares);
+  return {scale.scale, product * p.scale_log2, squares};
 }
 
 // The same for any strides and any number of channels, from `row`.
@@ -65,13 +70,17 @@ __device__ __forceinline__ QuantizedRow quantize_row_any(const Params& p, Shared
   for (int d = quad; d < kHeadDim; d += 4) top = max(top, load(d) & 0x7fffu);
   const RowScale scale = row_scale(row_max(top), p.scale_log2);
   float product = 0.f;
+  int squares = 0;
 #pragma unroll 4
   for (int d = quad; d < kHeadDim; d += 4) {
     const float x = low_io(load(d));
-    s.q[r * kHeadDim + swizzled<kHeadDim>(d / 16, r) * 16 + d % 16] = static_cast<int8_t>(to_int8(x, scale.inverse));
+    const auto code = static_cast<int8_t>(to_int8(x, scale.inverse));
+    s.q[r * kHeadDim + swizzled<kHeadDim>(d / 16, r) * 16 + d % 16] = code;
+    if constexpr (kBounded) squares += code * code;
     if (shift != nullptr) product = fmaf(x, __ldg(shift + d), product);
   }
-  return {scale.scale, row_sum(product) * p.scale_log2};
+  if constexpr (kBounded) squares = row_sum(squares);
+  return {scale.scale, row_sum(product) * p.scale_log2, squares};
 }
 
 }  // namespace sagert

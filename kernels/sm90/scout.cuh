@@ -16,7 +16,7 @@ __device__ __forceinline__ int end_of_keys(const Params& p, int row) {
 }
 
 // What warpgroup `group` has to do at a tile.
-__device__ __forceinline__ void write_task(const Params& p, const Tile& tile, int group, Task& task) {
+__device__ __forceinline__ void write_task(const Params& p, const Tile& tile, int group, float k_norm, Task& task) {
   const int head_kv = tile.head / p.group, row = tile.row + group * 64;
   const int2 flags = __ldg(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
   const int end_of_group = end_of_keys(p, row);
@@ -29,6 +29,7 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   task.end = end;
   task.begin = tile.begin;
   task.masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
+  task.k_norm = k_norm;
   task.bad_keys = flags.x == 0 ? nullptr : p.k_bad + static_cast<int64_t>(head_kv) * p.blocks * 4;
   // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
   task.v_bad = kV == V::kIo && !kCausal ? 0 : flags.y;
@@ -70,8 +71,9 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
+    const float k_norm = kBounded ? largest_norm(norm_slot(p.k_norm, tile.head / p.group)) : 0.f;
     if (thread_index() % 32 == 0) {
-      write_task(p, tile, group, s.tasks[group][turn & 1]);
+      write_task(p, tile, group, k_norm, s.tasks[group][turn & 1]);
       mbarrier_arrive(full);
     }
   });

@@ -2,6 +2,7 @@
 // What the warps of an attention block share: parameters, order of tiles, shared memory, and its layout for wgmma.
 #pragma once
 
+#include "bounds.cuh"
 #include "integers.cuh"
 #include "order.cuh"
 #include "ptx/bulk.cuh"
@@ -27,6 +28,9 @@ constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor 
 constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
+// Where scores are bounded beforehand, blocks without row maxima. At head_dim 128 the tensor core has no time for more:
+// it is slower without them.
+constexpr bool kBounded = kNormsOfK && kHeadDim == 64;
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -38,6 +42,7 @@ struct Params {
   const float* k_scale;
   const int* k_bad;
   const float* k_shift;
+  const float* k_norm;
   const int8_t* v8;
   const TensorMap* v_map;
   const VScaleType* v_scale;
@@ -116,6 +121,7 @@ struct Task {
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
+  float k_norm;         // of the head's keys, the largest
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
 };
@@ -128,7 +134,8 @@ struct Shared {
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
   float q_scale[kRows];
-  float q_shift[kRows];  // Q times the shift of K, in the unit of the exponent
+  float q_shift[kRows];                 // Q times the shift of K, in the unit of the exponent
+  float q_bound[kBounded ? kRows : 1];  // what no score exceeds, likewise
 #if V8_I8
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials

@@ -17,8 +17,8 @@ NAMES = {
 TILED = (100, 110)  # families in which a call quantizes of V what it needs, and no more
 WORKSPACE, KV = 1 << 40, 1 << 42
 POINTERS = [
-    "KSum", "VStats", "PartBad", "PartFirst", "VAmax", "VBad", "KShift", "K8", "KScale", "KBad", "VOut", "V8", "VScale",
-    "VMean", "VFirst", "HeadFlags", "Q8", "QScale", "QShift", "PartOut", "PartLse",
+    "KSum", "VStats", "PartBad", "PartFirst", "VAmax", "VBad", "KShift", "KNorm", "K8", "KScale", "KBad", "VOut", "V8",
+    "VScale", "VMean", "VFirst", "HeadFlags", "Q8", "QScale", "QShift", "PartOut", "PartLse",
 ]  # fmt: skip
 
 RUN = """

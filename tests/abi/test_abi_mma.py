@@ -95,6 +95,8 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         "K8": heads * blocks * 64 * dp, "KScale": heads * blocks * 16, "KBad": heads * blocks * 16,
         "KShift": heads * dp * 4, "HeadFlags": heads * 8, "KSum": heads * parts * dp * 4, "PartBad": heads * parts * 8,
     }  # fmt: skip
+    if io:
+        sizes["KNorm"] = heads * 32 * 4  # bounds of the keys' norms
     if copy:
         sizes["V8"] = heads * blocks * 64 * dp * 2
     if not io:

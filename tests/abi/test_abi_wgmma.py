@@ -116,7 +116,9 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         "K8": heads * blocks * 128 * dp, "KScale": heads * blocks * 16, "KBad": heads * blocks * 16,
         "KShift": heads * dp * 4, "HeadFlags": heads * 8,
     }  # fmt: skip
-    if not io:
+    if io:
+        sizes["KNorm"] = heads * 32 * 4
+    else:
         sizes |= {"V8": heads * blocks * 128 * dp, "VMean": heads * dp * 4, "VScale": heads * dp * 4}
     if precision == abi.INT8_INT8:
         sizes["VScale"] = heads * blocks * dp * 2
@@ -244,7 +246,7 @@ result += [lib.attention(args), lib.attention(args)]
     encoded = [line.split() for line in calls(log, "cuTensorMapEncodeTiled")]
     addresses = [int(words[words.index("address") + 1]) >> 32 for words in encoded]
     assert addresses == [3, 6, 3, 3]
-    used = [int(line.split()[line.split().index("params") + 6]) for line in calls(log, "cuLaunchKernelEx")[1::2]]
+    used = [int(line.split()[line.split().index("params") + 7]) for line in calls(log, "cuLaunchKernelEx")[1::2]]
     assert used == [1, 1, 2, 2, 3, 4, 4]
 
 

@@ -42,6 +42,7 @@ class Case:
     group: int = 2
     memory: str = "bhsd"
     factor: float = 1.0  # of Q and K
+    rise: float = 1.0  # of the first key, beside the last one's 1
     q_mean: float = 0.0
     k_mean: float = 0.0
     v_mean: float = 0.0
@@ -67,6 +68,8 @@ def tensors(case: Case) -> list[torch.Tensor]:
     ):
         values = torch.randn(case.batch, heads, length, case.head_dim, generator=generator) * factor
         values += mean * torch.randn(case.head_dim, generator=generator)
+        if len(made) == 1:
+            values *= torch.linspace(case.rise, 1, length)[:, None]
         made.append(gpu_kit.place(values.to(TYPES[case.dtype]), case.memory, float("nan"))[0])
     return made
 

@@ -23,3 +23,15 @@ def test_lengths(rows, precision, lengths, head_dim, dtype, causal):
     assert found["near"] <= cases.NEAR[precision], found
     assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[precision], int(found["outputs"])), found
     assert found["lse_error"] <= gpu_kit.lse_error_max(precision), found
+
+
+@pytest.mark.parametrize("rise", [1.0, 6.0])
+@pytest.mark.parametrize("factor", [2.0, 4.0])
+def test_bounds_of_scores(rows, factor, rise):
+    """A bound stands in for row maxima, or is too large for that; keys that come later score more."""
+    case = Case("int8_fp16", 130, 200, 64, "bf16", True, factor=factor, rise=rise, family="wgmma")
+    found = rows.run("sm90", cases.figures, case)
+    assert found["finite"], found
+    assert found["near"] <= 2 * cases.NEAR["int8_fp16"], found
+    # A code that rounds the other way moves a score in proportion to its size.
+    assert found["near_lse"] <= cases.near_lse_max(case) * max(1, factor**2 * rise), found
