@@ -18,7 +18,7 @@ __device__ __forceinline__ int end_of_keys(const Params& p, int row) {
 // What warpgroup `group` has to do at a tile.
 __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, int group, float k_norm, Task& task) {
   const int head_kv = tile.head / p.group, row = tile.row + group * 64;
-  const int2 flags = __ldg(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
+  const int2 flags = load_prerequisite(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
   const int end_of_group = end_of_keys(p, row);
   const int end = row < p.seqlen_q ? max(min(tile.end, end_of_group), tile.begin) : tile.begin;
   const bool ragged = kCausal ? end == end_of_group : end * kBlock > p.seqlen_k;
@@ -71,7 +71,11 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
-    const float k_norm = kBounded ? largest_norm(norm_slot(p.k_norm, tile.head / p.group)) : 0.f;
+    float k_norm = 0.f;
+    if constexpr (kBounded) {
+      const int64_t slot = static_cast<int64_t>(tile.head / p.group) * kNormSlots + thread_index() % 32;
+      k_norm = largest_norm(load_prerequisite(p.k_norm + slot));
+    }
     if (thread_index() % 32 == 0) {
       write_task(p, tile, group, k_norm, s.tasks[group][turn & 1]);
       mbarrier_arrive(full);

@@ -10,7 +10,7 @@ from gpu_kit import relative_l1, serving_row, sums_in_fp16
 import sagert
 from sagert import reference
 
-NEAR, NEAR_LSE = 0.003, 0.01  # kernels add in another order than the reference, and have other last bits of exp2
+NEAR, NEAR_LSE = 0.003, 0.02  # kernels add in another order than the reference, and have other last bits of exp2
 
 
 @pytest.mark.parametrize("causal", [False, True])
