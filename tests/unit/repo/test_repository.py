@@ -102,3 +102,9 @@ def test_make_targets_of_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"`make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"))):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_what_runs_beside_the_wait_has_no_loads_that_may_move() -> None:
+    """A scout waits for the pre-pass; `__ldg`, to the compiler of constant memory, can end up in front of that."""
+    scout = ROOT / "kernels" / "sm90" / "scout.cuh"
+    assert "__ldg" not in scout.read_text(encoding="utf-8")
