@@ -71,10 +71,11 @@ def test_alignment_alone_changes_nothing(recorder):
 
 def test_fp32_goes_through_bf16(recorder):
     lib = recorder()
-    out, _ = run(*(t.float() for t in (Q, K, V)))
+    wide = [t.float() for t in (Q, K, V)]  # kept: what is freed may give its address to the casts
+    out, _ = run(*wide)
     _, plain, _ = lib.seen[-1]
     assert plain[33] == 2
-    assert Q.float().data_ptr() not in (plain[8], plain[23])
+    assert wide[0].data_ptr() not in (plain[8], plain[23])
     assert plain[23] != out.data_ptr()
     assert out.dtype == torch.float32
     with pytest.raises(errors.UnsupportedError, match=r"cast to torch\.float16"):
