@@ -104,6 +104,14 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     }  # fmt: skip
 
 
+def check_scores_of_any_size(found: dict[str, float], case: Case) -> None:
+    """What figures() must be for INT8 scores far from N(0, 1)'s."""
+    assert found["finite"], found
+    assert found["near"] <= 2 * NEAR[case.precision], found
+    # A code that rounds the other way moves a score in proportion to its size.
+    assert found["near_lse"] <= near_lse_max(case) * max(1, case.factor**2 * case.rise), found
+
+
 def bits(path: str, case: Case) -> tuple[list[int], list[int]]:
     """The output's and the LSE's bits."""
     made = attend(path, case, *tensors(case))
