@@ -22,6 +22,7 @@ using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
+using CUdeviceptr = uintptr_t;
 
 enum : CUresult {
   CUDA_SUCCESS = 0,
@@ -105,6 +106,7 @@ struct CUlaunchConfig {
   X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                                                  \
     (CUtensorMap*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int, int, \
      int, int))                                                                                                        \
+  X(cuMemsetD32Async, "cuMemsetD32Async", (CUdeviceptr, unsigned int, size_t, CUstream))                               \
   X(cuLaunchKernelEx, "cuLaunchKernelEx", (const CUlaunchConfig*, CUfunction, void**, void**))
 
 struct DriverApi {

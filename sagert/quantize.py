@@ -10,7 +10,21 @@ from torch import Tensor
 
 # Of V in the portable int8_int8: keys that share a scale, and the largest value; codes beyond mark what is not finite.
 V_BLOCK, V_MAX = 64, 126.0
+K_SAMPLE = 512  # keys, at least, that a sample has
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
+
+
+def sampled_keys(length: int) -> Tensor:
+    """Indices of the keys whose mean stands for the mean of `length` keys: all below 1024, then one of each stride.
+
+    Where in its stride each lies is a hash of its number, so that no period of the keys meets theirs.
+    """
+    stride = max(length // K_SAMPLE, 1)
+    i = torch.arange(length // stride)
+    word = 0xFFFFFFFF
+    x = i * 0x9E3779B1 & word
+    x = (x ^ x >> 15) * 0x85EBCA6B & word
+    return i * stride + ((x ^ x >> 13) * stride >> 32)
 
 
 def k_shift(k: Tensor) -> Tensor:

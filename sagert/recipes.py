@@ -19,6 +19,7 @@ from sagert.quantize import (
     quantize_v_fp8,
     quantize_v_half,
     quantize_v_int8,
+    sampled_keys,
     v_mean,
 )
 
@@ -118,7 +119,8 @@ def with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
 def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     """Quantizes k [N, Sk, D] and v [N, Sk, Dv] of some key heads."""
     kf, vf = k.float(), v.float()
-    shift = k_shift(kf) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
+    sample = kf[:, sampled_keys(kf.shape[1]).to(kf.device)] if recipe.tiled else kf
+    shift = k_shift(sample) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
     if recipe.tiled:
         k8, k_scale = quantize_key_groups(kf - shift, BLOCKS[recipe.family], CODES[recipe.qk])
     else:

@@ -74,7 +74,7 @@ void place_buffers(Plan& plan) {
   int64_t parts = plan.heads_kv_total * plan.parts;
   plan.k_sum = kv.reserve(true, parts * d * kWord);
   plan.v_statistics = kv.reserve(plan.v_stats, parts * kStatistics * d * kWord);
-  plan.part_bad = kv.reserve(true, parts * 2 * kWord);
+  plan.part_bad = kv.reserve(plan.v_stats, parts * kWord);
   plan.part_first = kv.reserve(plan.v_stats, parts * 2 * d * kWord);
   const int64_t means = plan.heads_q_total * plan.q_blocks;
   plan.q_mean = call.reserve(plan.int4, means * d * 2);
@@ -118,6 +118,7 @@ template <typename Sink>
 void pass_kv_stats(Sink& sink, const Plan& plan) {
   const sagert_attention_args& args = *plan.args;
   pass_statistics(sink, plan);
+  sink.pointer("HeadFlags", plan.kv_at(plan.head_flags));
   sink.i32("seqlen_k", narrow(args.seqlen_k));
   sink.i32("heads_kv", narrow(args.heads_kv));
   sink.i32("parts", narrow(plan.parts));

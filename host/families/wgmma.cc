@@ -25,7 +25,7 @@ using tiled::Pv;
 constexpr int kRoles[] = {kQuantizeKv, kAttention, kAttentionLse, kCombine};  // in launch order; one attention each
 constexpr int64_t kBlock = 128;                                               // keys per block of quantized K and V
 constexpr int64_t kVectorElements = 8;  // what a tensor map needs strides to be multiples of
-// The pre-pass reads K and V twice. It works on so many bytes of them at a time that the second reading comes from L2.
+// The pre-pass reads V twice. It works on so many bytes at a time that the second reading comes from L2.
 constexpr int64_t kPrepassL2Bytes = int64_t{40} << 20;
 constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
@@ -44,7 +44,11 @@ struct Traits {
 struct Plan : tiled::Plan {
   int64_t parts = 1;                   // of the keys of every tile
   int64_t part_out = 0, part_lse = 0;  // offsets into memory.call
+  bool queued = false;                 // there are more tiles than thread blocks, which take them from a counter
+  int64_t counter = 0;                 // offset into memory.call
   CUtensorMap v_map{};
+
+  const void* next_tile() const { return queued ? call_at(counter) : nullptr; }
 };
 
 void place_buffers(Plan& plan) {
@@ -54,6 +58,7 @@ void place_buffers(Plan& plan) {
   const int64_t rows = plan.heads_q_total * plan.args->seqlen_q;
   plan.part_out = call.reserve(plan.parts > 1, plan.parts * rows * plan.padded_head_dim * kWord);
   plan.part_lse = call.reserve(plan.parts > 1, (2 * plan.parts + 1) * rows * kWord);
+  plan.counter = call.reserve(plan.queued, kWord);
   plan.memory = memory_of(*plan.args, kv, call);
 }
 
@@ -77,9 +82,11 @@ int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
 Plan plan_of(const Device& device, const sagert_attention_args& args, const VariantEntry& variant,
              const Traits& traits) {
   Plan plan;
-  const int64_t tile = kKernels[variant.kernels[kAttention]].tile;
-  begin_plan(plan, device, args, variant, traits.pv, kBlock, tile);
-  if (traits.can_split) plan.parts = parts_of(plan, device, tile);
+  const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
+  begin_plan(plan, device, args, variant, traits.pv, kBlock, attention.tile);
+  if (traits.can_split) plan.parts = parts_of(plan, device, attention.tile);
+  const int64_t tiles = plan.tiles * plan.heads_q_total;
+  plan.queued = plan.parts == 1 && tiles > persistent_blocks(device, attention, tiles);
   plan_v(plan, is_mappable(args.v, plan.v));
   place_buffers(plan);
   return plan;
@@ -134,26 +141,29 @@ void encode_v_map(const Driver& driver, Plan& plan) {
   plan.v_map = last.map;
 }
 
-// Blocks that share the K or V of a head: few when there are many heads, more when the heads being worked on would not
-// stay in L2, at most a key block each. The order of the statistics' sums depends on it, so it counts V only where V is
+// Blocks that share the K or V of a head: few when there are many heads, more when V that is read twice would not stay
+// in L2, at most a key block each. The order of the statistics' sums depends on it, so it counts V only where V is
 // always quantized: K becomes the same bits whatever a call needs of V.
 int64_t prepass_cluster(const Device& device, const KernelEntry& kernel, const Plan& plan) {
   int64_t resident = device.info.multiprocessors * kPrepassBlocksPerSm;
   int64_t jobs = plan.heads_kv_total * (plan.pv == Pv::kIo ? 1 : 2);
   int64_t job_bytes = plan.blocks * kBlock * plan.padded_head_dim * kHalf;
-  int64_t wanted = std::max(ceil_div(resident * 3, jobs * 4), ceil_div(resident * job_bytes, kPrepassL2Bytes));
+  int64_t wanted = ceil_div(resident * 3, jobs * 4);
+  if (plan.pv != Pv::kIo) wanted = std::max(wanted, ceil_div(resident * job_bytes, kPrepassL2Bytes));
   wanted = std::min({wanted, plan.blocks, int64_t{kernel.cluster}});
   int64_t cluster = 1;
   while (cluster < wanted && 2 * cluster <= kernel.cluster) cluster *= 2;
   return cluster;
 }
 
+// `next_tile`: the counter of the attention that follows, for the pre-pass to clear, or null.
 template <typename Sink>
-void pass_quantize_kv(Sink& sink, const Plan& plan) {
+void pass_quantize_kv(Sink& sink, const Plan& plan, const void* next_tile) {
   sink.pointer("K", plan.args->k.data);
   sink.pointer("V", plan.args->v.data);
   pass_quantized(sink, plan);
   pass_kv_strides(sink, plan);
+  sink.pointer("NextTile", next_tile);
 }
 
 template <typename Sink>
@@ -168,6 +178,14 @@ void pass_attention(Sink& sink, const Plan& plan) {
   pass_query_strides(sink, plan);
   sink.pointer("PartOut", plan.call_at(plan.part_out));
   sink.pointer("PartLse", plan.call_at(plan.part_lse));
+  sink.pointer("NextTile", plan.next_tile());
+}
+
+// Where no pre-pass of the same call does.
+void clear_counter(const Driver& driver, const Plan& plan) {
+  const auto address = reinterpret_cast<CUdeviceptr>(plan.next_tile());
+  driver.check(driver.api().cuMemsetD32Async(address, 0, 1, static_cast<CUstream>(plan.args->stream)),
+               "clearing the counter of tiles");
 }
 
 template <typename Sink>
@@ -205,7 +223,7 @@ Traits read_traits(const VariantEntry& variant) {
   plan.args = &args;
   plan.pv = traits.pv;
   ParameterList quantize_list;
-  pass_quantize_kv(quantize_list, plan);
+  pass_quantize_kv(quantize_list, plan, nullptr);
   ParameterList attention_list;
   pass_attention(attention_list, plan);
   traits.defect = defect_of(quantize, quantize_list, traits.pv);
@@ -257,7 +275,7 @@ class Wgmma : public PlannedFamily<Traits, Plan> {
       const KernelEntry& kernel = kKernels[variant.kernels[role]];
       KernelParameters parameters;
       if (role == kQuantizeKv) {
-        pass_quantize_kv(parameters, plan);
+        pass_quantize_kv(parameters, plan, attend ? plan.next_tile() : nullptr);
         int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
         int64_t cluster = prepass_cluster(device, kernel, plan);
         launch(driver, ready, kernel, jobs * cluster, parameters, stream, false, narrow(cluster));
@@ -266,6 +284,7 @@ class Wgmma : public PlannedFamily<Traits, Plan> {
         int64_t blocks = ceil_div(plan.heads_q_total * plan.args->seqlen_q, kernel.tile);
         launch(driver, ready, kernel, blocks, parameters, stream, true);
       } else {
+        if (plan.queued && !prepass) clear_counter(driver, plan);
         pass_attention(parameters, plan);
         int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
         launch(driver, ready, kernel, blocks, parameters, stream, prepass, 0, plan.parts);

@@ -37,8 +37,8 @@ __device__ __forceinline__ void write_norm(float* slots, float norm, int part, i
 // ---- Attention ----
 
 // This lane's slot of a head's norms, and the largest of the warp's.
-__device__ __forceinline__ float norm_slot(const float* slots, int head) {
-  return __ldg(slots + static_cast<int64_t>(head) * kNormSlots + threadIdx.x % 32);
+__device__ __forceinline__ const float* norm_slot(const float* slots, int head) {
+  return slots + static_cast<int64_t>(head) * kNormSlots + threadIdx.x % 32;
 }
 __device__ __forceinline__ float largest_norm(float slot) {
   return __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(slot)));

@@ -112,6 +112,21 @@ __device__ __forceinline__ void reduce_warps(Shared& s, int channel) {
   }
 }
 
+// The block's statistics in s.stats. False where there is an infinity, a NaN, or a sum beyond fp32.
+template <int stats, typename Shared>
+__device__ __forceinline__ bool reduce_columns(Shared& s, const Columns<stats>& columns) {
+  publish_columns(s, columns);
+  if (threadIdx.x == 0) s.nonfinite = 0;
+  __syncthreads();
+  bool overflow = false;
+  if (threadIdx.x < kHeadDim) {
+    reduce_warps<stats>(s, threadIdx.x);
+    s.first[0][threadIdx.x] = s.first[1][threadIdx.x] = kNever;
+    overflow = !is_finite(s.stats[kSum][threadIdx.x]);
+  }
+  return !__syncthreads_or(overflow);
+}
+
 // Statistics of rows [row, end) in s.stats, s.first and s.nonfinite. The caller synchronizes before reading them.
 // Two groups of kLoads loads are in flight: one is reloaded while the other is added.
 template <int stats, int kLoads = 4, typename Shared>
@@ -141,18 +156,9 @@ __device__ __forceinline__ void column_statistics(Shared& s, const Input& in, in
   for (int i = 0; i < 2 * kLoads; ++i) {
     if (r + i * kRowsPerPass < end) columns.add(x[i / kLoads][i % kLoads]);
   }
-  publish_columns(s, columns);
-  if (threadIdx.x == 0) s.nonfinite = 0;
-  __syncthreads();
-  bool overflow = false;
-  if (threadIdx.x < kHeadDim) {
-    reduce_warps<stats>(s, threadIdx.x);
-    s.first[0][threadIdx.x] = s.first[1][threadIdx.x] = kNever;
-    overflow = !is_finite(s.stats[kSum][threadIdx.x]);
-  }
-  if (!__syncthreads_or(overflow)) return;
+  if (reduce_columns(s, columns)) return;
 
-  // Rare: an infinity, a NaN, or a sum beyond fp32.
+  // Rare.
   columns.clear();
 #pragma unroll 1
   for (r = row + thread_row; r < end; r += kRowsPerPass) {
@@ -163,6 +169,53 @@ __device__ __forceinline__ void column_statistics(Shared& s, const Input& in, in
   publish_columns(s, columns);
   __syncthreads();
   if (threadIdx.x < kHeadDim) reduce_warps<stats>(s, threadIdx.x);
+}
+
+// The keys whose mean is subtracted of K: any vector may be, it adds the same to all scores of a query. From
+// 2 * kSampled keys on it is one of each `stride`, where a hash says, so that no period of the keys meets theirs.
+struct Sample {
+  static constexpr int kSampled = 512;
+  int stride, count;
+
+  __device__ __forceinline__ explicit Sample(int keys) : stride(max(keys / kSampled, 1)), count(keys / stride) {}
+  __device__ __forceinline__ int key(int i) const {
+    uint32_t hash = static_cast<uint32_t>(i) * 0x9e3779b1u;
+    hash = (hash ^ hash >> 15) * 0x85ebca6bu;
+    return i * stride + static_cast<int>(__umulhi(hash ^ hash >> 13, stride));
+  }
+  // What falls to part `part` of `parts`.
+  __device__ __forceinline__ int begin(int part, int parts) const {
+    return static_cast<int>(static_cast<int64_t>(count) * part / parts);
+  }
+};
+
+// Sums over the keys first, first + 1, ... of a sample, up to `last`, in s.stats.
+template <int kLoads = 4, typename Shared>
+__device__ __forceinline__ void sample_sums(Shared& s, const Input& in, const Sample& sample, int first, int last) {
+  const int channel = 8 * (threadIdx.x % kChunks);
+  first += threadIdx.x / kChunks;
+  Columns<1> columns;
+  auto load = [&](uint32_t (&x)[1][4], int i) { load_rows(x, in, i < last ? sample.key(i) : in.rows, 1, channel); };
+  columns.clear();
+#pragma unroll 1
+  for (int i = first; i < last; i += kLoads * kRowsPerPass) {
+    uint32_t x[kLoads][1][4];
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) load(x[n], i + n * kRowsPerPass);
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) columns.add(x[n][0]);
+  }
+  if (reduce_columns(s, columns)) return;
+  columns.clear();
+#pragma unroll 1
+  for (int i = first; i < last; i += kRowsPerPass) {
+    uint32_t x[1][4];
+    load(x, i);
+    columns.add_finite(x[0], s, i, channel);
+  }
+  publish_columns(s, columns);
+  __syncthreads();
+  if (threadIdx.x < kHeadDim) reduce_warps<1>(s, threadIdx.x);
 }
 
 // What is subtracted of a channel of V with this mean and this mean square: the mean where that pays, which is where

@@ -19,11 +19,6 @@ struct DirectWarp : SerialWarp<DirectWarp> {
   Weights weights[kChunks];
   Weights tail;  // of the last chunk of the step before
 
-  // No step to come moves a maximum or needs a mask: that stands in a bit of the slot which nothing else looks at, so
-  // that it takes no register. All lanes agree: as a vote the compiler knows.
-  static constexpr int kSettled = 1 << 29;
-  static __device__ __forceinline__ bool is_settled(int slot) { return kBounded && __all_sync(~0u, slot >= kSettled); }
-
   // Weights of pair `i` of a chunk: what becomes register i % 4 of its A fragment.
   __device__ __forceinline__ void weigh(int chunk, int i) {
     const int m = i / 4, a = i % 4, r = 2 * m + a % 2;
@@ -65,16 +60,19 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     }
   }
 
+  // `settled`: it is known to be settled.
+  template <bool settled = false>
   __device__ __forceinline__ void attend_step(int step, int& slot) {
     const float k_scale = load_k_scale(step);
     const int stage = stage_of(slot);
     const uint32_t tail_address = tail_lane(slot - kNextSlot);
+    auto skips = [&] { return settled || (!kApart && is_settled(slot)); };
     multiply_k(stage);
-    if (!is_settled(slot)) mask(step);
+    if (!skips()) mask(step);
 #pragma unroll
     for (int unit = 0; unit < kUnits / 2; ++unit) multiply_v(tail, unit, tail_address);
-    if (is_settled(slot)) {
-      set_scales(k_scale);
+    if (skips()) {
+      set_scales<false>(k_scale);
     } else if (reduce(stage, k_scale, [&](int r, float alpha) { scale_tail(r, alpha); })) {
       if (kBounded && settles(step)) slot += kSettled;
     }
@@ -82,7 +80,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     for (int i = 0; i < kPairs; ++i) weigh(0, i);
 #pragma unroll
     for (int unit = kUnits / 2; unit < kUnits; ++unit) multiply_v(tail, unit, tail_address);
-    copy_next(step, slot);
+    if constexpr (!kApart) copy_next(step, slot);
     const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int chunk = 0; chunk + 1 < kChunks; ++chunk) {
@@ -93,6 +91,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
         for (int i = unit * kPairs / kUnits; i < (unit + 1) * kPairs / kUnits; ++i) weigh(chunk + 1, i);
       }
       if (kChannels >= 96 && chunk == 0) hold();
+      if (kApart && chunk == 0) copy_next(step, slot);
     }
 #pragma unroll
     for (int i = 0; i < 4 * kM; ++i) tail[i / 4][i % 4] = weights[kChunks - 1][i / 4][i % 4];

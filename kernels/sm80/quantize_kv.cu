@@ -55,7 +55,7 @@ __device__ __forceinline__ bool any_nonfinite(const int* bad, int parts) {
 struct KOut {
   int8_t* k8;
   float* scale;
-  int* bad;
+  int *bad, *head_flags;
 };
 
 __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, const Task& t, const KOut& out) {
@@ -82,6 +82,7 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
     if (rows_left < kStepKeys || amax_bits >= 0x7f800000u) {
       find_special_rows(extrema, tile, rows_left - row, special, bad);
       amax_bits = warp_magnitude(extrema, shift);
+      if (bad != 0 && lane == 0) atomicOr(out.head_flags + 2 * bh, 1);
     }
     const int block = step * kStepBlocks + warp / kKGroups;
     if (block < t.blocks) {
@@ -215,16 +216,14 @@ struct Params {
 __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
   KTile tile;
   if (in.vectors) tile.load(in, (t.last - 1) * kStepKeys + KTile::first_row());
-  const bool nonfinite = any_nonfinite(p.part_bad + 2 * t.bh * t.parts, t.parts);
   const int channel = threadIdx.x;
   if (channel < kHeadDim) {
     const float* sums = p.k_sum + t.bh * t.parts * kHeadDim + channel;
-    float shift = combine_parts<kSum>(sums, t.parts, kHeadDim) / static_cast<float>(in.rows);
+    float shift = combine_parts<kSum>(sums, t.parts, kHeadDim) / static_cast<float>(Sample(in.rows).count);
     if (!p.smooth_k || !(fabsf(shift) < kShiftMax)) shift = 0.0f;
     s.shift[channel] = shift;
     if (t.part == 0) p.k_shift[t.bh * kHeadDim + channel] = shift;
   }
-  if (t.part == 0 && threadIdx.x == 0) p.head_flags[2 * t.bh] = nonfinite;
   __syncthreads();
   quantize_k(s, in, tile, t, p.k);
 }
@@ -257,7 +256,7 @@ __device__ __forceinline__ void write_first_keys(const Params& p, const Task& t,
   for (int i = threadIdx.x; i < 2 * kHeadDim; i += kThreads) {
     int first = kNever;
     for (int part = 0; nonfinite && part < t.parts; ++part) {
-      if (p.part_bad[(2 * t.bh + 1) * t.parts + part] == 0) continue;
+      if (p.part_bad[t.bh * t.parts + part] == 0) continue;
       first = min(first, p.part_first[(t.bh * t.parts + part) * 2 * kHeadDim + i]);
     }
     p.v_first[t.bh * 2 * kHeadDim + i] = first;
@@ -266,7 +265,7 @@ __device__ __forceinline__ void write_first_keys(const Params& p, const Task& t,
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
   if (kQuantizedV || p.has_v_stats) {
-    const bool nonfinite = any_nonfinite(p.part_bad + (2 * t.bh + 1) * t.parts, t.parts);
+    const bool nonfinite = any_nonfinite(p.part_bad + t.bh * t.parts, t.parts);
     if (t.part == 0) {
       write_first_keys(p, t, nonfinite);
       if (threadIdx.x == 0) p.head_flags[2 * t.bh + 1] = nonfinite;
@@ -328,8 +327,9 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, sagert::kBlocksPe
   t.first = t.part * (part_rows / kStepKeys);
   t.last = min(t.first + part_rows / kStepKeys, (blocks + kStepBlocks - 1) / kStepBlocks);
   const int64_t b = t.bh / heads_kv, h = t.bh % heads_kv;
-  const Params p{KSum,  VStats, PartBad,   PartFirst,     {K8, KScale, KBad}, KShift,      {V8, VScale},
-                 VMean, VFirst, HeadFlags, smooth_k != 0, copy_v != 0,        v_stats != 0};
+  const Params p{KSum,          VStats,       PartBad,     PartFirst, {K8, KScale, KBad, HeadFlags},
+                 KShift,        {V8, VScale}, VMean,       VFirst,    HeadFlags,
+                 smooth_k != 0, copy_v != 0,  v_stats != 0};
   if (is_v) {
     Input in{V + b * v_sb + h * v_sh, v_ss, &s.channel_stride, seqlen_k, head_dim_v, v_vec != 0};
     run_v(s, p, in, t);

@@ -38,6 +38,8 @@ constexpr int kTailBytes = kTailKeys * kVRowBytes;
 constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * (kStep - kTailKeys) * kHeadDim;
 
 constexpr bool kBounded = kNormsOfK;  // steps without row maxima, where scores are bounded beforehand
+// They have a loop of their own where registers allow for two.
+constexpr bool kApart = kBounded && kHeadDim == 64;
 // What a thread's addresses start from stands in shared memory: worked out in every step it takes 20 to 30 instructions
 // more, and registers are short. Without masks at 128 channels the compiler makes slower code of that (505 TF for 533).
 constexpr bool kKeepPlaces = kV == V::kIo && (kCausal || kHeadDim == 64);

@@ -172,7 +172,8 @@ struct Warp {
     reduce(stage, k_scale, [](int, float) {});
   }
 
-  // Exponents' factors of a step that needs no maxima.
+  // Exponents' factors of a step, which has masked scores only where `masks`.
+  template <bool masks>
   __device__ __forceinline__ void set_scales(float k_scale) {
     int t = threadIdx.x;
     forget(t);
@@ -182,7 +183,8 @@ struct Warp {
     load_shared(b, SAGERT_AT(rows, maximum));
 #pragma unroll
     for (int r = 0; r < kR; ++r) {
-      c[r] = fmaxf(q_scale[r] * k_scale, kLeastScale);
+      c[r] = q_scale[r] * k_scale;
+      if constexpr (masks) c[r] = fmaxf(c[r], kLeastScale);
       set_offset(r);
     }
   }
@@ -192,7 +194,7 @@ struct Warp {
     int t = threadIdx.x;
     forget(t);
     float x[kR];
-    set_scales(k_scale);
+    set_scales<true>(k_scale);
 #pragma unroll
     for (int r = 0; r < kR; ++r) x[r] = fmaf(__int_as_float(row_top(r)), c[r], d[r]);
 #pragma unroll
@@ -213,8 +215,9 @@ struct Warp {
     return true;
   }
 
-  // No step after `step` moves a maximum or needs a mask.
+  // No step after `step` moves a maximum or needs a mask; a loop of its own asks for V that is finite, too.
   __device__ __forceinline__ bool settles(int step) const {
+    if (kApart && is_bad(1)) return false;
     float bound[kR];
     load_shared(bound, base + kBoundsAt + (thread() >> 2) * (4 * kR));
     bool within = step <= load_shared_s32(SAGERT_AT(base, full) + thread() / 32 * 4);
@@ -312,7 +315,7 @@ struct Warp {
   }
 
   __device__ __forceinline__ void begin(float (&scale)[kR]) {
-    const float slot = kBounded ? norm_slot(p.k_norm, s.tile.head / p.group) : 0.f;
+    const float slot = kBounded ? __ldg(norm_slot(p.k_norm, s.tile.head / p.group)) : 0.f;
     if (p.q_vec) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
               uint16_t* Out, float* Lse, float scale_log2, int seqlen_q, int seqlen_k, int blocks, int heads_q,
               int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section, int64_t q_sb,
               int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss, int64_t o_sd,
-              int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse) {
+              int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse, int* NextTile) {
   using namespace sagert;
   extern __shared__ __align__(1024) char raw[];
   // Swizzled tiles must stand on 1024 bytes, which the attribute does not promise for dynamic shared memory.
@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
                     VScale,   VMean,      VFirst,     HeadFlags,      Out,      Lse,        scale_log2, seqlen_q,
                     seqlen_k, blocks,     heads_q,    group,          head_dim, head_dim_v, tiles,      heads_total,
                     section,  q_sb,       q_sh,       q_ss,           q_sd,     o_sb,       o_sh,       o_ss,
-                    o_sd,     q_vec != 0, o_vec != 0, write_lse != 0, PartOut,  PartLse};
+                    o_sd,     q_vec != 0, o_vec != 0, write_lse != 0, PartOut,  PartLse,    NextTile};
   if (threadIdx.x == 0) {
     constexpr int kConsumerWarps = 4 * kGroups;
     for (int i = 0; i < kStages; ++i) {
@@ -57,6 +57,10 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
       mbarrier_init(shared_address(&s.full_q[i]), kScoutArrivals);
       mbarrier_init(shared_address(&s.empty_q[i]), 4);
     }
+    for (int i = 0; i < kTurns; ++i) {
+      mbarrier_init(shared_address(&s.full_tile[i]), 1);
+      mbarrier_init(shared_address(&s.empty_tile[i]), kGroups);
+    }
     mbarrier_init_fence();
   }
   write_ones(s);
@@ -66,7 +70,6 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     release_registers<kProducerRegisters>();
     const int warp = uniform(threadIdx.x / 32);
     if (warp == 0) {
-      wait_for_prerequisites();
       feed_keys(p, s);
     } else if (warp <= kGroups) {
       scout(p, s, warp - 1);
@@ -75,6 +78,6 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
     wait_for_prerequisites();
-    for_each_tile(p, [&](int, int turn) { consumer.attend(turn); });
+    for (int turn = 0; consumer.begin(turn); ++turn) consumer.attend();
   }
 }

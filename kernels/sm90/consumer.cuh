@@ -264,8 +264,7 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  __device__ __forceinline__ void attend(int turn) {
-    begin(turn);
+  __device__ __forceinline__ void attend() {
     if constexpr (!kScalesInShared) {
       for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     }

@@ -24,7 +24,7 @@ struct ConsumerBase {
   Ring<kStages> ring;                        // the block that comes next
   uint64_t q_operand, k_operand, v_operand;  // wgmma's descriptors of Q and of the first stages
   const float* k_scales;
-  int turn;    // of for_each_tile()
+  int turn;    // which tile of this thread block, counted from 0
   float l[2];  // sums of P
   float o[kHeadDim / 2 + kOnes / 2];
 
@@ -167,11 +167,12 @@ struct ConsumerBase {
     }
   }
 
-  // Takes the next tile.
-  __device__ __forceinline__ void begin(int next) {
+  // Takes the next tile, if there is one.
+  __device__ __forceinline__ bool begin(int next) {
     turn = next;
     const int group = thread_index() / 128 - 1;
     mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
+    if (static_cast<int>(uniform(task().head)) < 0) return false;
     quantize_queries();
     mbarrier_arrive_once(shared_address(&s.empty_q[group]));
     fence_async_shared();
@@ -182,6 +183,7 @@ struct ConsumerBase {
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2 + kOnes / 2; ++i) o[i] = 0.f;
+    return true;
   }
 
   // `maximum` of each row, which l and O refer to; `total` is the sum of its exponentials.

@@ -185,8 +185,7 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  __device__ __forceinline__ void attend(int turn) {
-    begin(turn);
+  __device__ __forceinline__ void attend() {
     maximum(0) = maximum(1) = kLowest;
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();

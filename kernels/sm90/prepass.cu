@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Pre-pass of the sm90 wgmma family: smooths and quantizes K and V in one launch.
 //
-// A cluster of at most CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks: first
-// their column statistics, combined over the cluster through distributed shared memory, then, from L2, the
-// quantization. Tiles are laid out in shared memory as wgmma reads them and leave through the copy engine:
+// A cluster of at most CLUSTER blocks does one job, K or V of one head. Each block takes a run of 128-key blocks. First
+// come column statistics, of V's run or of some keys of K, combined over the cluster through distributed shared memory,
+// then the quantization, of V from L2. Tiles are laid out in shared memory as wgmma reads them and leave through the
+// copy engine:
 //   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, 128 keys]: chunk c of channel d at 128 * d + 16 * (c ^ (d & 7)), each 16 keys in pair order.
 // INT8 V has scales per tile and channel: each 16 pairs of channels as 4 x 4, transposed, so that the four channel
@@ -53,7 +54,7 @@ struct TileWriter {
 };
 
 // Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
-// flight). Backwards: what was read last is in L2 for sure.
+// flight). Sets *s.bad_keys where one holds an infinity or a NaN.
 __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, int first, int last, int8_t* k8,
                                            float* k_scale, int* k_bad) {
   float norm = 0.0f;  // largest of this thread's channels
@@ -81,6 +82,7 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
     if (has_special) {
       find_special_rows(extrema, tile, rows_left - row, special, bad);
       amax_bits = warp_magnitude(extrema, shift);
+      if (bad != 0 && lane == 0) atomicOr(s.bad_keys, 1);
     }
     if (lane == 0) {
       s.k_amax[count & 1][warp] = amax_bits;
@@ -138,16 +140,17 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
   for (int block = last - 1; block >= first; --block, ++count) {
     VTile next;
     int lane = threadIdx.x % 32, first_row = VTile::first_row();
-    if constexpr (kInt8V)
-      forget(lane), forget(first_row);             // what follows from them would take registers over all tiles
+    forget(lane), forget(first_row);               // what follows from them would take registers over all tiles
     float shift[kVChannels], inverse[kVChannels];  // read for each tile: registers are short
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) {
       shift[e] = s.shift[kVChannels * lane + e];
       if constexpr (!kInt8V) inverse[e] = s.inverse[kVChannels * lane + e];
     }
-    if (!in.vectors) tile.load(in, block * kBlock + first_row);
-    if (in.vectors && block > first) next.load(in, (block - 1) * kBlock + first_row);
+    int key = block * kBlock + first_row;
+    forget(key);
+    if (!in.vectors) tile.load(in, key);
+    if (in.vectors && block > first) next.load(in, key - kBlock);
     int rows_left = in.rows - block * kBlock;
     bool check = s.head_nonfinite != 0 || rows_left < kBlock;
     if constexpr (kInt8V) {
@@ -194,19 +197,23 @@ struct Task {
 };
 
 __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
-  column_statistics<kKStats, kKLoadsAtATime>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
+  const Sample sample(in.rows);
   KTile tile;
   if (in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + KTile::first_row());
+  sample_sums(s, in, sample, sample.begin(t.rank, t.ranks), sample.begin(t.rank + 1, t.ranks));
+  if (threadIdx.x == 0) {
+    s.bad_keys = p.HeadFlags + 2 * t.bh;
+    if (t.rank == 0) *s.bad_keys = 0;  // the cluster's blocks set it behind the barrier
+  }
   cluster_arrive();
   cluster_wait();
   int channel = threadIdx.x;
   if (channel < kHeadDim) {
-    float shift = reduce_cluster<kSum>(s, channel) / static_cast<float>(in.rows);
+    float shift = reduce_cluster<kSum>(s, channel) / static_cast<float>(sample.count);
     if (p.smooth_k == 0 || !(fabsf(shift) < kShiftMax)) shift = 0.0f;
     s.shift[channel] = shift;
     if (t.rank == 0) p.KShift[static_cast<int64_t>(t.bh) * kHeadDim + channel] = shift;
   }
-  if (t.rank == 0 && threadIdx.x == 0) p.HeadFlags[2 * t.bh] = any_nonfinite(s);
   __syncthreads();
   cluster_arrive_relaxed();  // no block ends while another may read its statistics
   if (t.first < t.last) {
@@ -283,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
                 sagert::VOut* V8, sagert::VScaleType* VScale, float* VMean, int* VFirst, int* HeadFlags, int seqlen_k,
                 int blocks, int heads_kv, int head_dim, int head_dim_v, int smooth_k, int v_jobs, int copy_v,
                 int v_stats, int64_t k_sb, int64_t k_sh, int64_t k_ss, int64_t k_sd, int64_t v_sb, int64_t v_sh,
-                int64_t v_ss, int64_t v_sd, int k_vec, int v_vec) {
+                int64_t v_ss, int64_t v_sd, int k_vec, int v_vec, int* NextTile) {
   using namespace sagert;
   __shared__ Shared s;
   launch_dependents();
@@ -294,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
   if (threadIdx.x == 0) {
     s.channel_stride = is_v ? v_sd : k_sd;
     s.norm = 0;
+    if (NextTile != nullptr && blockIdx.x == 0) *NextTile = 0;
   }
   __syncthreads();
   Task t;

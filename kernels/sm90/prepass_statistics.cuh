@@ -14,9 +14,7 @@
 namespace sagert {
 
 constexpr int kClusterMax = CLUSTER;
-constexpr int kKStats = 1;
 constexpr int kVStats = !kQuantizedV ? 1 : kInt8V ? 2 : 4;
-constexpr int kKLoadsAtATime = 8;
 constexpr int kVLoadsAtATime = kVStats == 1 ? 8 : 4;  // the other statistics take the registers
 
 struct alignas(128) Shared {
@@ -29,6 +27,7 @@ struct alignas(128) Shared {
   uint32_t k_amax[2][kWarps], k_bad[2][kWarps];
   int head_nonfinite;
   uint32_t norm;  // bits, of this block's keys
+  int* bad_keys;  // of the head: one holds an infinity or a NaN. It stands here because registers are short
   int64_t channel_stride;
   // Read by the whole cluster.
   int nonfinite;

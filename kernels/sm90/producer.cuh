@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The producer: one warp that feeds the blocks of K and V.
+// The producer: one warp that takes tiles and feeds their blocks of K and V.
 #pragma once
 
 #include "ptx/bulk.cuh"
 #include "ptx/elect.cuh"
+#include "ptx/pdl.cuh"
+#include "queue.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -38,19 +40,34 @@ __device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage
   }
 }
 
+// Blocks before the end of a tile at which the next one is taken: time for the scouts to have its queries copied.
+constexpr int kLead = 4;
+
 // Keeps the stages full.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> ring;
-  for_each_tile(p, [&](int index, int) {
+  Ring<kTurns> turns;
+  int index = blockIdx.x;
+  tell_tile(s, turns, index);
+  wait_for_prerequisites();  // the scouts need not: queries do not come from the pre-pass
+#pragma unroll 1
+  while (index < count_of_tiles(p)) {
     const Tile tile = tile_at(p, index);
     const int head_kv = tile.head / p.group;
+    int block = tile.end - 1;
+    auto feed = [&](int begin) {
 #pragma unroll 1
-    for (int block = tile.end - 1; block >= tile.begin; --block) {
-      mbarrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
-      if (elect_one()) load_block(p, s, ring.stage, head_kv, block);
-      ring.advance();
-    }
-  });
+      for (; block >= begin; --block) {
+        mbarrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
+        if (elect_one()) load_block(p, s, ring.stage, head_kv, block);
+        ring.advance();
+      }
+    };
+    feed(tile.begin + kLead);
+    index = take_tile(p, index);
+    tell_tile(s, turns, index);
+    feed(tile.begin);
+  }
 }
 
 }  // namespace sagert

@@ -6,6 +6,7 @@
 #include "ptx/async_copy.cuh"
 #include "ptx/pdl.cuh"
 #include "queries.cuh"
+#include "queue.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -64,23 +65,31 @@ __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int he
 // Goes ahead of warpgroup `group`.
 __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
   const uint32_t full = shared_address(&s.full_q[group]);
-  for_each_tile(p, [&](int index, int turn) {
-    const Tile tile = tile_at(p, index);
+  const bool writes = thread_index() % 32 == 0;
+  Ring<kTurns> turns;
+#pragma unroll 1
+  for (int turn = 0;; ++turn) {
+    const int index = hear_tile(s, turns);
+    Task& task = s.tasks[group][turn & 1];
     // The group has read the queries of the tile before, and is done with the one before that.
     mbarrier_wait(shared_address(&s.empty_q[group]), turn & 1 ^ 1);
+    if (index >= count_of_tiles(p)) {
+      if (writes) task.head = -1;
+      mbarrier_arrive(full);
+      if (writes) mbarrier_arrive(full);
+      return;
+    }
+    const Tile tile = tile_at(p, index);
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
     float k_norm = 0.f;
-    if constexpr (kBounded) {
-      const int64_t slot = static_cast<int64_t>(tile.head / p.group) * kNormSlots + thread_index() % 32;
-      k_norm = largest_norm(load_prerequisite(p.k_norm + slot));
-    }
-    if (thread_index() % 32 == 0) {
-      write_task(p, tile, group, k_norm, s.tasks[group][turn & 1]);
+    if constexpr (kBounded) k_norm = largest_norm(load_prerequisite(norm_slot(p.k_norm, tile.head / p.group)));
+    if (writes) {
+      write_task(p, tile, group, k_norm, task);
       mbarrier_arrive(full);
     }
-  });
+  }
 }
 
 }  // namespace sagert

@@ -57,6 +57,7 @@ struct Params {
   bool q_vec, o_vec, write_lse;
   float* part_out;  // of split keys, in fp32
   float* part_lse;
+  int* next_tile;  // how many tiles were taken behind each thread block's first, or null: tiles go by turns
 };
 
 // A value that all lanes have, in a register that all lanes share.
@@ -99,22 +100,10 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   return tile;
 }
 
-// Calls visit(index, turn) for every tile of this thread block, the turns counted from 0.
-template <typename Visit>
-__device__ __forceinline__ void for_each_tile(const Params& p, Visit visit) {
-  auto total = [&] {
-    int tiles = p.tiles;
-    forget(tiles);  // registers are short
-    return tiles * p.heads_total;
-  };
-  auto index = [](int turn) { return static_cast<int>(blockIdx.x + turn * grid_width()); };
-#pragma unroll 1
-  for (int turn = 0; index(turn) < total(); ++turn) visit(index(turn), turn);
-}
-
 // What a consumer warpgroup has to do at a tile.
 struct Task {
-  int head, head_kv;
+  int head;  // below 0: there are no more tiles
+  int head_kv;
   int row;      // its first query
   int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
   int end;      // range of the blocks that it sees, from the last one down
@@ -126,6 +115,7 @@ struct Task {
   int64_t out;          // where the first query's row of the output is
 };
 
+constexpr int kTurns = 4;           // tiles that the producer may be ahead of the scouts
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
 
 struct Shared {
@@ -141,8 +131,10 @@ struct Shared {
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
+  int tiles[kTurns];       // what the producer has taken (queue.cuh)
   uint64_t full[kStages], empty[kStages];
   uint64_t full_q[kGroups], empty_q[kGroups];
+  uint64_t full_tile[kTurns], empty_tile[kTurns];
 };
 
 // A position in a ring of stages and the parity of its round.

@@ -254,7 +254,7 @@ for dev, precision, dtype, d, causal in options:
     capabilities = "75,80,86,87,89,90,100,103,110,120,121"
     log = tmp_path / "log"
     assert stub.run(any_library, code, log=log, STUB_CAPABILITY=capabilities, STUB_DRIVER=13000) == []
-    if "sagert-tests" in str(any_library):
+    if (any_library.parent.parent / "types.txt").exists():  # the invented rows
         launched = {line.split()[1] for line in calls(log, "cuLaunchKernelEx")}
         loaded = {Path(name).stem for name in launched}
         assert len(loaded) >= 8 * 4 * 6

@@ -93,7 +93,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     heads = b * hk
     sizes = {
         "K8": heads * blocks * 64 * dp, "KScale": heads * blocks * 16, "KBad": heads * blocks * 16,
-        "KShift": heads * dp * 4, "HeadFlags": heads * 8, "KSum": heads * parts * dp * 4, "PartBad": heads * parts * 8,
+        "KShift": heads * dp * 4, "HeadFlags": heads * 8, "KSum": heads * parts * dp * 4,
     }  # fmt: skip
     if io:
         sizes["KNorm"] = heads * 32 * 4  # bounds of the keys' norms
@@ -105,7 +105,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         sizes["VScale"] = heads * blocks * dp * 2
     if with_v:
         sizes |= {"VFirst": heads * 2 * dp * 4, "VStats": heads * parts * 4 * dp * 4}
-        sizes |= {"PartFirst": heads * parts * 2 * dp * 4}
+        sizes |= {"PartFirst": heads * parts * 2 * dp * 4, "PartBad": heads * parts * 4}
     assert all(attend[name] == kv[name] for name in sizes if name in attend)
     end = WORKSPACE
     for name in sorted(sizes, key=kv.__getitem__):

@@ -129,6 +129,11 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     if parts > 1:
         sizes |= {"PartOut": parts * b * h * s * dp * 4, "PartLse": (2 * parts + 1) * b * h * s * 4}
         places |= {name: attend[name] for name in ("PartOut", "PartLse")}
+    assert kv["NextTile"] == attend["NextTile"]
+    if parts == 1 and b * h * ceil(s, 128) > int(attend["grid"]):  # tiles are taken from a counter
+        sizes["NextTile"], places["NextTile"] = 4, attend["NextTile"]
+    else:
+        assert attend["NextTile"] == 0
     end = WORKSPACE
     for name in sorted(sizes, key=places.__getitem__):
         assert places[name] % 256 == 0, name
@@ -158,7 +163,43 @@ def test_two_steps_are_the_whole(fake_library, stub, tmp_path, precision):
     assert set(first) == {"quantize_kv", "workspace"}
     assert second["attention"].pop("dependent") == "0"
     assert whole["attention"].pop("dependent") == "1"
+    assert first["quantize_kv"].pop("NextTile") == 0
+    assert whole["quantize_kv"].pop("NextTile") == whole["attention"]["NextTile"]
     assert first | second == whole
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "function", "cleared"),
+    [
+        (1100, "sagert_attend", True),
+        (1100, "sagert_attention", False),  # the pre-pass does it
+        (1100, "sagert_quantize", False),
+        (1000, "sagert_attend", False),  # each thread block has one tile
+    ],
+)
+def test_the_counter_of_tiles_is_cleared(fake_library, stub, tmp_path, seqlen_q, function, cleared):
+    case = {"precision": abi.INT8_FP8, "seqlen_q": seqlen_q}
+    launches = run(stub, fake_library, tmp_path, function, **case)
+    lines = (tmp_path / "log").read_text().splitlines()
+    names = [line.split()[0] for line in lines if line.startswith(("cuMemset", "cuLaunch"))]
+    assert names == ["cuMemsetD32Async"] * cleared + ["cuLaunchKernelEx"] * (1 + (function == "sagert_attention"))
+    if cleared:
+        address = launches["attention"]["NextTile"]
+        assert calls(tmp_path / "log", "cuMemsetD32Async") == [
+            f"cuMemsetD32Async {address} value 0 count 1 stream 0x77"
+        ]
+
+
+def test_failure_to_clear_the_counter(fake_library, stub, tmp_path):
+    code = f"""
+args = abi.attention_args(precision={abi.INT8_FP8}, seqlen_q=5000)
+result = [lib.attention(args, "sagert_attend"), lib.error()]
+"""
+    log = tmp_path / "log"
+    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, STUB_MEMSET=719)
+    assert status == abi.CUDA
+    assert "counter of tiles" in text
+    assert not calls(log, "cuLaunchKernelEx")
 
 
 @pytest.mark.parametrize("precision", CLUSTERS)

@@ -40,7 +40,7 @@ TRANSLATOR = (
 HEADERS = ("runtime/machine.h", "runtime/narrow.h", "runtime/arithmetic.h")
 RENAMED = {
     "cuLibraryLoadData": "stub_load", "cuLibraryGetKernel": "stub_get_kernel", "cuLaunchKernelEx": "stub_launch",
-    "cuTensorMapEncodeTiled": "stub_tensor_map",
+    "cuTensorMapEncodeTiled": "stub_tensor_map", "cuMemsetD32Async": "stub_memset",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ CASES = {
     "plain": PLAIN,
     "causal": dataclasses.replace(PLAIN, causal=True, dtype=torch.float16, head_dim=64, head_dim_v=64),
     "split": dataclasses.replace(PLAIN, batch=1, heads_kv=1, group=1, seqlen_q=17, seqlen_k=8192),
+    "many_tiles": dataclasses.replace(PLAIN, batch=3, heads_kv=12, group=4),  # more than there are thread blocks
     "one_query": dataclasses.replace(PLAIN, seqlen_q=1),
     "unaligned": dataclasses.replace(
         PLAIN, memory=("offset", "offset", "offset", "bhsd"), head_dim=100, head_dim_v=100

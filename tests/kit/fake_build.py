@@ -49,13 +49,13 @@ WGMMA_ARGS = {
     "quantize_kv": f"""
         K:*io V:*io K8:*i8 KScale:*fp32 KBad:*i32 KShift:*fp32 KNorm:*fp32 V8:*pv VScale:*scale VMean:*fp32 VFirst:*i32
         HeadFlags:*i32 seqlen_k:i32 blocks:i32 heads_kv:i32 head_dim:i32 head_dim_v:i32
-        smooth_k:i32 v_jobs:i32 copy_v:i32 v_stats:i32 {_strides("k")} {_strides("v")} k_vec:i32 v_vec:i32
+        smooth_k:i32 v_jobs:i32 copy_v:i32 v_stats:i32 {_strides("k")} {_strides("v")} k_vec:i32 v_vec:i32 NextTile:*i32
     """.split(),
     "attention": f"""
         Q:*io K8:*i8 KScale:*fp32 KBad:*i32 KShift:*fp32 KNorm:*fp32 V8:*pv VScale:*scale VMean:*fp32 VFirst:*i32
         HeadFlags:*i32 Out:*io Lse:*fp32 scale_log2:fp32 seqlen_q:i32 seqlen_k:i32 blocks:i32 heads_q:i32 group:i32
         head_dim:i32 head_dim_v:i32 tiles:i32 heads_total:i32 section:i32 {_strides("q")} {_strides("o")}
-        q_vec:i32 o_vec:i32 write_lse:i32 PartOut:*fp32 PartLse:*fp32
+        q_vec:i32 o_vec:i32 write_lse:i32 PartOut:*fp32 PartLse:*fp32 NextTile:*i32
     """.split(),
     "combine": f"""
         PartOut:*fp32 PartLse:*fp32 Out:*io Lse:*fp32 seqlen_q:i32 heads_q:i32 heads_total:i32 head_dim_v:i32 parts:i32

@@ -2,13 +2,14 @@
 /* A driver without a GPU, steered by environment variables:
  *   STUB_DRIVER       CUDA version (12090)
  *   STUB_CAPABILITY   one capability per device, separated by commas ("90")
+ *   STUB_MULTIPROCESSORS  of every device (132)
  *   STUB_INIT, STUB_RETAIN, STUB_LOAD, STUB_GET_KERNEL, STUB_FUNCTION, STUB_ATTRIBUTE, STUB_TENSOR_MAP,
- *                     STUB_LAUNCH   errors to return
+ *                     STUB_MEMSET, STUB_LAUNCH   errors to return
  *   STUB_FAIL_ONCE    if set, STUB_LOAD applies to the first load only
  *   STUB_LOG          file that receives one line per call
  *   STUB_TYPES        file of lines "symbol types", types being one letter per parameter: p, l (64 bits), i, f,
  *                     t (tensor map, shown as the number of its encoding)
- * Memory is the host's, so that programs can fill it and read it back; launches leave it alone.
+ * Memory is the host's, so that programs can fill it and read it back; launches and memsets leave it alone.
  * It insists on what the real one insists on: cuInit first, a current context, relaxed capture mode to load code, no
  * use after fork, aligned tensor maps, whole clusters, leave for large ones. A symbol is dropped by compiling with
  * -DcuName=absent. */
@@ -151,7 +152,7 @@ API int cuDeviceGetAttribute(int* value, int attribute, int device) {
   if (device < 0 || device >= count) return 101;
   switch (attribute) {
     case 16:
-      *value = 132;
+      *value = env_int("STUB_MULTIPROCESSORS", 132);
       return 0;
     case 38:
       *value = env_int("STUB_L2", 60 << 20);
@@ -328,6 +329,15 @@ API int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* address
       (unsigned long long)strides[1], (unsigned long long)strides[2], box[0], box[1], box[2], box[3], steps[0],
       steps[1], steps[2], steps[3], interleave, swizzle, promotion, fill);
   return env_int("STUB_TENSOR_MAP", 0);
+}
+
+API int cuMemsetD32Async(uintptr_t address, unsigned value, size_t count, void* stream) {
+  REQUIRE_INIT();
+  if (t_depth == 0) return 201;
+  if (address % 4 != 0) return 1;
+  note("cuMemsetD32Async %llu value %u count %llu stream %p", (unsigned long long)address, value,
+       (unsigned long long)count, stream);
+  return env_int("STUB_MEMSET", 0);
 }
 
 API int cuLaunchKernelEx(const launch_config* config, void* function, void** parameters, void** extra) {

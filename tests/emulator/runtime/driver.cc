@@ -6,6 +6,7 @@
 //   EMULATOR_THREADS  of the host, that run blocks (all CPUs)
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,7 @@ int stub_load(void**, const void*, void*, void**, unsigned, void*, void**, unsig
 int stub_get_kernel(void**, void*, const char*);
 int stub_tensor_map(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*,
                     int, int, int, int);
+int stub_memset(uintptr_t, unsigned, size_t, void*);
 int stub_launch(const void* config, void* function, void** parameters, void** extra);
 }
 
@@ -158,6 +160,12 @@ EXPORTED int cuTensorMapEncodeTiled(void* map, int type, uint32_t rank, void* ad
   made.swizzle = static_cast<uint16_t>(swizzle);
   std::memcpy(map, &made, sizeof(made));
   return kOk;
+}
+
+EXPORTED int cuMemsetD32Async(uintptr_t address, unsigned value, size_t count, void* stream) {
+  int status = stub_memset(address, value, count, stream);
+  if (status == kOk) std::fill_n(reinterpret_cast<uint32_t*>(address), count, value);
+  return status;
 }
 
 EXPORTED int cuLaunchKernelEx(const Config* config, void* function, void** parameters, void** extra) {

@@ -147,6 +147,31 @@ def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
     torch.testing.assert_close(lse.double(), exact_lse, atol=0.02, rtol=0)
 
 
+@pytest.mark.parametrize("length", [0, 1, 1023, 1024, 1100, 4096, 16384, 131072, 1 << 23])
+def test_a_sample_is_spread_over_the_keys(length):
+    keys = quantize.sampled_keys(length)
+    assert len(keys) == length if length < 1024 else 512 <= len(keys) < 1024
+    assert (keys.diff() > 0).all()
+    assert not len(keys) or (keys[0] >= 0 and keys[-1] < length)
+
+
+@pytest.mark.parametrize("period", [2, 3, 7, 8, 12, 16, 26, 32, 45, 60, 64, 80])
+@pytest.mark.parametrize("length", [2048, 4096, 17776, 32760])
+def test_a_sample_sees_all_of_a_period(length, period):
+    """Tokens of an image or a video have its width for a period: a sample's mean of what has one is near the mean."""
+    counts = torch.bincount(quantize.sampled_keys(length) % period, minlength=period)
+    assert float((counts * (period / counts.sum()) - 1).square().mean()) <= (0.07**2) * period
+
+
+@pytest.mark.parametrize("family", ["portable", *recipes.TILED])
+def test_the_shift_is_the_mean(family):
+    """Of all keys, or in the tiled families of a sample of them."""
+    k, v = (make(2, 3000, 64, seed=seed) for seed in (1, 2))
+    kv = recipes.quantize_heads(k + 5, v, recipes.recipe_of("int8_fp8", family=family))
+    keys = quantize.sampled_keys(3000) if family in recipes.TILED else slice(None)
+    torch.testing.assert_close(kv.k_shift, (k + 5).float()[:, keys].mean(1, keepdim=True))
+
+
 @pytest.mark.parametrize("family", recipes.TILED)
 @pytest.mark.parametrize("causal", [False, True])
 def test_integer_pv_is_its_definition(causal, family):
