@@ -110,3 +110,18 @@ def test_scale_and_smoothing(served: list[str], tolerance: dict[str, float], dev
         smooth = sagert.attention(q, shifted, v, precision=precision)
         assert relative_l1(smooth, want_shifted) <= 1.3 * tolerance[precision], precision
         assert relative_l1(smooth, want_shifted) < relative_l1(rough, want_shifted), precision
+
+
+def test_heads_beyond_what_l2_holds(
+    served: list[str], tolerance: dict[str, float], device: torch.device, record: Any
+) -> None:
+    """Causal tiles are ordered among heads whose keys stay in L2 together; what is left of the heads comes first."""
+    case = Case(0, 1, 41, 1, 4096, 4096, 128, True, torch.bfloat16, "bhsd")
+    q, k, v = randn(case, device)
+    heads = [0, 8, 16, 17, 24, 25, 40]  # ends of sections, for most sizes of L2
+    want, want_lse = exact(q[:, heads], k[:, heads], v[:, heads], True)
+    for precision in served:
+        out, lse = poisoned_attention(case, q, k, v, precision)
+        point = errors(case, out[:, heads], lse[:, heads], want, want_lse)
+        record.add("shapes", precision, **point)
+        check_errors(point, precision, tolerance[precision])
