@@ -48,6 +48,7 @@ struct Plan : tiled::Plan {
   int64_t counter = 0;                 // offset into memory.call
   CUtensorMap v_map{};
 
+  int64_t all_tiles() const { return tiles * heads_q_total; }
   const void* next_tile() const { return queued ? call_at(counter) : nullptr; }
 };
 
@@ -71,7 +72,7 @@ bool is_mappable(const sagert_tensor& v, const Strides& strides) {
 // Into how many parts the keys of every tile go: where the tiles are no more than half the multiprocessors, as many as
 // leave each multiprocessor one part at most, so that the parts take a workspace of some 10 MB at most.
 int64_t parts_of(const Plan& plan, const Device& device, int64_t tile) {
-  const int64_t tiles = plan.tiles * plan.heads_q_total;
+  const int64_t tiles = plan.all_tiles();
   if (2 * tiles > device.info.multiprocessors) return 1;
   const bool causal = (plan.args->flags & SAGERT_FLAG_CAUSAL) != 0;
   const int64_t seen = causal ? std::min(plan.blocks, ceil_div(plan.tiles * tile, kBlock)) : plan.blocks;
@@ -85,8 +86,7 @@ Plan plan_of(const Device& device, const sagert_attention_args& args, const Vari
   const KernelEntry& attention = kKernels[variant.kernels[kAttention]];
   begin_plan(plan, device, args, variant, traits.pv, kBlock, attention.tile);
   if (traits.can_split) plan.parts = parts_of(plan, device, attention.tile);
-  const int64_t tiles = plan.tiles * plan.heads_q_total;
-  plan.queued = plan.parts == 1 && tiles > persistent_blocks(device, attention, tiles);
+  plan.queued = plan.parts == 1 && plan.all_tiles() > persistent_blocks(device, attention, plan.all_tiles());
   plan_v(plan, is_mappable(args.v, plan.v));
   place_buffers(plan);
   return plan;
@@ -286,7 +286,7 @@ class Wgmma : public PlannedFamily<Traits, Plan> {
       } else {
         if (plan.queued && !prepass) clear_counter(driver, plan);
         pass_attention(parameters, plan);
-        int64_t blocks = persistent_blocks(device, kernel, plan.tiles * plan.heads_q_total);
+        int64_t blocks = persistent_blocks(device, kernel, plan.all_tiles());
         launch(driver, ready, kernel, blocks, parameters, stream, prepass, 0, plan.parts);
       }
     });

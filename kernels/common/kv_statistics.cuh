@@ -112,7 +112,8 @@ __device__ __forceinline__ void reduce_warps(Shared& s, int channel) {
   }
 }
 
-// The block's statistics in s.stats. False where there is an infinity, a NaN, or a sum beyond fp32.
+// The block's statistics in s.stats. False where there is an infinity, a NaN, or a sum beyond fp32: then they are to be
+// taken again, of what is finite.
 template <int stats, typename Shared>
 __device__ __forceinline__ bool reduce_columns(Shared& s, const Columns<stats>& columns) {
   publish_columns(s, columns);
@@ -125,6 +126,13 @@ __device__ __forceinline__ bool reduce_columns(Shared& s, const Columns<stats>& 
     overflow = !is_finite(s.stats[kSum][threadIdx.x]);
   }
   return !__syncthreads_or(overflow);
+}
+
+template <int stats, typename Shared>
+__device__ __forceinline__ void reduce_finite_columns(Shared& s, const Columns<stats>& columns) {
+  publish_columns(s, columns);
+  __syncthreads();
+  if (threadIdx.x < kHeadDim) reduce_warps<stats>(s, threadIdx.x);
 }
 
 // Statistics of rows [row, end) in s.stats, s.first and s.nonfinite. The caller synchronizes before reading them.
@@ -158,7 +166,6 @@ __device__ __forceinline__ void column_statistics(Shared& s, const Input& in, in
   }
   if (reduce_columns(s, columns)) return;
 
-  // Rare.
   columns.clear();
 #pragma unroll 1
   for (r = row + thread_row; r < end; r += kRowsPerPass) {
@@ -166,9 +173,7 @@ __device__ __forceinline__ void column_statistics(Shared& s, const Input& in, in
     load_rows(single, part, r, kRowsPerPass, channel);
     columns.add_finite(single[0], s, r, channel);
   }
-  publish_columns(s, columns);
-  __syncthreads();
-  if (threadIdx.x < kHeadDim) reduce_warps<stats>(s, threadIdx.x);
+  reduce_finite_columns(s, columns);
 }
 
 // The keys whose mean is subtracted of K: any vector may be, it adds the same to all scores of a query. From
@@ -190,8 +195,9 @@ struct Sample {
 };
 
 // Sums over the keys first, first + 1, ... of a sample, up to `last`, in s.stats.
-template <int kLoads = 4, typename Shared>
+template <typename Shared>
 __device__ __forceinline__ void sample_sums(Shared& s, const Input& in, const Sample& sample, int first, int last) {
+  constexpr int kLoads = 4;  // in flight
   const int channel = 8 * (threadIdx.x % kChunks);
   first += threadIdx.x / kChunks;
   Columns<1> columns;
@@ -206,6 +212,7 @@ __device__ __forceinline__ void sample_sums(Shared& s, const Input& in, const Sa
     for (int n = 0; n < kLoads; ++n) columns.add(x[n][0]);
   }
   if (reduce_columns(s, columns)) return;
+
   columns.clear();
 #pragma unroll 1
   for (int i = first; i < last; i += kRowsPerPass) {
@@ -213,9 +220,7 @@ __device__ __forceinline__ void sample_sums(Shared& s, const Input& in, const Sa
     load(x, i);
     columns.add_finite(x[0], s, i, channel);
   }
-  publish_columns(s, columns);
-  __syncthreads();
-  if (threadIdx.x < kHeadDim) reduce_warps<1>(s, threadIdx.x);
+  reduce_finite_columns(s, columns);
 }
 
 // What is subtracted of a channel of V with this mean and this mean square: the mean where that pays, which is where

@@ -49,7 +49,7 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kTurns> turns;
   int index = blockIdx.x;
   tell_tile(s, turns, index);
-  wait_for_prerequisites();  // the scouts need not: queries do not come from the pre-pass
+  wait_for_prerequisites();  // behind that: the scouts' first queries do not come from the pre-pass
 #pragma unroll 1
   while (index < count_of_tiles(p)) {
     const Tile tile = tile_at(p, index);

@@ -190,18 +190,6 @@ def test_the_counter_of_tiles_is_cleared(fake_library, stub, tmp_path, seqlen_q,
         ]
 
 
-def test_failure_to_clear_the_counter(fake_library, stub, tmp_path):
-    code = f"""
-args = abi.attention_args(precision={abi.INT8_FP8}, seqlen_q=5000)
-result = [lib.attention(args, "sagert_attend"), lib.error()]
-"""
-    log = tmp_path / "log"
-    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, STUB_MEMSET=719)
-    assert status == abi.CUDA
-    assert "counter of tiles" in text
-    assert not calls(log, "cuLaunchKernelEx")
-
-
 @pytest.mark.parametrize("precision", CLUSTERS)
 @pytest.mark.parametrize(
     ("batch", "heads", "seqlen_q", "seqlen_k", "causal", "parts"),
@@ -291,15 +279,22 @@ result += [lib.attention(args), lib.attention(args)]
     assert used == [1, 1, 2, 2, 3, 4, 4]
 
 
-def test_driver_errors(fake_library, stub, tmp_path):
+@pytest.mark.parametrize(
+    ("precision", "seqlen_q", "failing", "named"),
+    [
+        (abi.INT8_FP16, 1000, "STUB_TENSOR_MAP", "tensor map of V"),
+        (abi.INT8_FP8, 5000, "STUB_MEMSET", "counter of tiles"),
+    ],
+)
+def test_driver_errors(fake_library, stub, tmp_path, precision, seqlen_q, failing, named):
     code = f"""
-args = abi.attention_args(precision={abi.INT8_FP16})
+args = abi.attention_args(precision={precision}, seqlen_q={seqlen_q})
 result = [lib.attention(args, "sagert_attend"), lib.error()]
 """
     log = tmp_path / "log"
-    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, STUB_TENSOR_MAP=719)
+    status, text = stub.run(fake_library, code, log=log, STUB_CAPABILITY=100, **{failing: 719})
     assert status == abi.CUDA
-    assert "tensor map of V" in text
+    assert named in text
     assert not calls(log, "cuLaunchKernelEx")
 
 
