@@ -95,14 +95,29 @@ def v_mean(v: Tensor) -> Tensor:
     return torch.where(mean.square() >= 0.25 * variance, mean, 0.0)
 
 
-def quantize_v_fp8(v: Tensor, largest: float = 448.0) -> tuple[Tensor, Tensor]:
-    """e4m3 values up to `largest` of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv]."""
+def v_largest(v: Tensor) -> Tensor:
+    """e4m3's largest value less the power of two that leaves channels of v [N, Sk, Dv] a root mean square of 1 to 2.
+
+    [N, 1, Dv]: what the wgmma family scales their largest magnitudes to, for sums in fp16 (kernels/sm90/prepass.cu).
+    """
+    clean = torch.where(v.isfinite(), v, 0.0)
+    ratio = clean.abs().amax(1, keepdim=True) / (224.0 * clean.square().mean(1, keepdim=True).sqrt())
+    power = torch.exp2(torch.frexp(ratio.nan_to_num(nan=0.0).clamp(2.0**-8, 1.0)).exponent - 1.0)
+    return 448.0 * power
+
+
+def quantize_v_fp8(v: Tensor, largest: float | Tensor = 448.0) -> tuple[Tensor, Tensor]:
+    """e4m3 values up to `largest` of v [N, Sk, Dv], held in fp32, non-finite entries as 0; scales [N, 1, Dv].
+
+    largest: of all channels, or [N, 1, Dv].
+    """
     clean = torch.where(v.isfinite(), v, 0.0)
     amax = clean.abs().amax(1, keepdim=True)
     zero = amax < TINY
-    inverse = torch.where(zero, 0.0, largest / torch.where(zero, 1.0, amax))
-    values = (clean * inverse).clamp(-largest, largest).to(torch.float8_e4m3fn).float()
-    return values, torch.where(zero, 1.0, amax * torch.tensor(1.0 / largest, dtype=torch.float32))
+    most = torch.as_tensor(largest, dtype=torch.float32, device=v.device)
+    inverse = torch.where(zero, 0.0, most / torch.where(zero, 1.0, amax))
+    values = (clean * inverse).clamp(-most, most).to(torch.float8_e4m3fn).float()
+    return values, torch.where(zero, 1.0, amax * (1.0 / most))
 
 
 def quantize_v_half(v: Tensor) -> tuple[Tensor, Tensor]:

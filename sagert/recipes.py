@@ -20,6 +20,7 @@ from sagert.quantize import (
     quantize_v_half,
     quantize_v_int8,
     sampled_keys,
+    v_largest,
     v_mean,
 )
 
@@ -62,6 +63,11 @@ class Recipe(NamedTuple):
     def pv(self) -> str:
         """Type of P and V; "fp16" is the inputs' own, or, with half_sums, scaled fp16."""
         return self.precision.partition("_")[2]
+
+    @property
+    def half_output(self) -> bool:
+        """Whether O is summed in fp16, over all keys."""
+        return self.family == "wgmma" and self.pv == "fp8"
 
     @property
     def log2_p(self) -> tuple[float, float]:
@@ -131,7 +137,8 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if mean is not None:
         vf = vf - mean
     if recipe.pv == "fp8":
-        values, v_scale = quantize_v_fp8(vf, FP8_MAX_HALF if recipe.half_sums else FP8_MAX)
+        fixed = FP8_MAX_HALF if recipe.half_sums else FP8_MAX
+        values, v_scale = quantize_v_fp8(vf, v_largest(vf) if recipe.half_output else fixed)
     elif recipe.pv == "int8":
         values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if recipe.tiled else (V_MAX, False)))
     elif recipe.half_sums:

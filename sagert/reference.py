@@ -17,6 +17,8 @@ from torch import Tensor
 from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
+from sagert.half_output import LOG2_P as HALF_OUTPUT_LOG2_P
+from sagert.half_output import HalfOutput
 from sagert.recipes import (
     HALF_KEYS,
     LOG2E,
@@ -146,9 +148,20 @@ def _half_sums(p: Tensor, v: Tensor, keys: int) -> Tensor:
 
 
 def _heads(
-    q: Tensor, kv: KeyValues, s: int, mask: Tensor | None, seen: Pattern, scale: float, recipe: Recipe, io: torch.dtype
+    q: Tensor,
+    kv: KeyValues,
+    s: int,
+    mask: Tensor | None,
+    seen: Pattern,
+    scale: float,
+    recipe: Recipe,
+    io: torch.dtype,
+    in_half: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Some key heads: q [N, rows, D], mask [query heads, S, Sk]; fp32 out [N, rows, Dv] and lse [N, rows]."""
+    """Some key heads: q [N, rows, D], mask [query heads, S, Sk]; fp32 out [N, rows, Dv] and lse [N, rows].
+
+    in_half: O is summed in fp16, where the recipe does so.
+    """
     tiled, block_n = recipe.tiled, recipe.block_n
     fp8, integer = recipe.pv == "fp8", recipe.pv == "int8"
     n, rows, _ = q.shape
@@ -166,6 +179,9 @@ def _heads(
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
+    half = HalfOutput(acc) if recipe.half_output and in_half else None
+    if half is not None:
+        p_scale = HALF_OUTPUT_LOG2_P
     starts = _starts(seen, s, sk, block_n)
     for start in reversed(starts) if tiled else starts:
         keys = slice(start, min(start + block_n, sk))
@@ -205,18 +221,25 @@ def _heads(
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
-                in_half = is_half(position, range(keys.start, keys.stop), q.shape[2])
-                if in_half.any():
-                    p = torch.where(in_half, exp2_half(exponents), p)
+                by_pairs = is_half(position, range(keys.start, keys.stop), q.shape[2])
+                if by_pairs.any():
+                    p = torch.where(by_pairs, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
             rounded = rounded * alpha + p.sum(-1, keepdim=True)
-            products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if recipe.half_sums else p @ kv.v[:, keys]
-            acc = acc * alpha + products
+            if half is not None:
+                steps = half.add(alpha, p, kv.v[:, keys], sees)
+                m_new, total = m_new + steps, total * torch.exp2(-steps)
+            else:
+                half_sums = recipe.half_sums
+                products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if half_sums else p @ kv.v[:, keys]
+                acc = acc * alpha + products
         if kv.positive is not None and kv.negative is not None:
             positive = positive + visible.float() @ kv.positive[:, keys].float()
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
+    if half is not None:
+        acc, rounded = half.output, half.sums
     # Where the tensor core sums P, it is as P is rounded.
     sums_rounded = integer or (recipe.family == "wgmma" and (fp8 or q.shape[2] <= 64))
     out = acc / (rounded if sums_rounded else total)
@@ -230,8 +253,12 @@ def _heads(
         out = torch.where(negative > 0, out - math.inf, out)
     lse = m + torch.log2(rounded if integer and recipe.family == "mma" else total) - p_scale
     lse = lse + (qf * kv.k_shift).sum(-1, keepdim=True)
-    out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf)
-    return out, (lse * LN2).squeeze(-1)
+    out, lse = torch.where(sees, out, 0.0), torch.where(sees, lse, -math.inf) * LN2
+    if half is not None and half.overflown().any():
+        again = _heads(q, kv, s, mask, seen, scale, recipe, io, in_half=False)
+        out = torch.where(half.overflown(), again[0], out)
+        lse = torch.where(half.overflown(), again[1].unsqueeze(-1), lse)
+    return out, lse.squeeze(-1)
 
 
 def attention_varlen(

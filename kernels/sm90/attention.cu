@@ -63,6 +63,8 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     }
     mbarrier_init_fence();
   }
+  if (kHalfSums && threadIdx.x < 32) clear_overflown(s);
+  if (threadIdx.x < 128 * kGroups) s.turns[threadIdx.x] = 1;
   write_ones(s);
   __syncthreads();
   if (is_split()) launch_dependents();
@@ -78,6 +80,6 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
     wait_for_prerequisites();
-    for (int turn = 0; consumer.begin(turn); ++turn) consumer.attend();
+    consumer.attend_tiles();
   }
 }

@@ -5,6 +5,7 @@
 
 #include "consumer_base.cuh"
 #include "exponential.cuh"
+#include "half_sums.cuh"
 #include "ptx/named_barrier.cuh"
 
 namespace sagert {
@@ -13,7 +14,9 @@ namespace sagert {
 // row's largest weight is to be exact: it alone can have a tenth of the squared error. Rounding has lost nothing at the
 // maximum yet when 2^-8 are added. Floats in 16 bits lose nothing by a margin, and fp16 holds up to 2^15.
 constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
-constexpr float kLargest = kV == V::kIo ? 14.f : kAtMaximum + 0x1p-8f;
+constexpr float kMargin = kV == V::kIo ? 6.f : 0x1p-8f;
+constexpr float kLargest = kAtMaximum + kMargin;
+constexpr float kHalfAtMaximum = kAtMaximum - 2.f;  // with sums in fp16
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
@@ -21,8 +24,10 @@ constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
 constexpr bool kWall = kHeadDim == 128 && (kV == V::kIo || EXACT_LSE);
-// Where they are shorter still, the queries' scales stay in shared memory.
-constexpr bool kScalesInShared = kHeadDim == 128 && kV == V::kFp8 && EXACT_LSE;
+// Where they are shorter still, the queries' scales stay in shared memory unless sums are in fp16, and a row has one sum
+// of exponentials.
+constexpr bool kScalesInShared = kHeadDim == 128 && kV == V::kFp8;
+constexpr int kSums = kHeadDim == 128 && kV == V::kFp8 && EXACT_LSE ? 1 : 2;
 
 template <int count>
 __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
@@ -37,14 +42,15 @@ struct Consumer : ConsumerBase {
   static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
 
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
+  HalfSums half;         // kHalfSums: of P V, in place of o, which they are brought to
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
-  float q_scale[2];      // unless kScalesInShared
-  float sum[4];          // kExactSums: of the exponentials, two for each row
+  float q_scale[2];      // of the rows
+  float sum[2 * kSums];  // kExactSums: of the exponentials, kSums for each row
   uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
   using ConsumerBase::ConsumerBase;
 
-  template <int first, int last>
+  template <bool kHalf, int first, int last>
   __device__ __forceinline__ void issue_pv() {
     const uint32_t* weights = reinterpret_cast<uint32_t*>(scores);
     const uint64_t b = operand_behind(v_operand, ring.stage * kVStageBytes);
@@ -56,13 +62,20 @@ struct Consumer : ConsumerBase {
       }
     } else {
 #pragma unroll
-      for (int i = first / 32; i < last / 32; ++i) wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
+      for (int i = first / 32; i < last / 32; ++i) {
+        if constexpr (kHalf) {
+          wgmma_e4m3(half.sums, weights + 4 * i, operand_behind(b, 32 * i));
+        } else {
+          wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
+        }
+      }
     }
     wgmma_commit();
   }
 
+  template <bool kHalf>
   __device__ __forceinline__ float scale_of_row(int r) const {
-    return kScalesInShared ? s.q_scale[row() + 8 * r] : q_scale[r];
+    return kScalesInShared && !kHalf ? s.q_scale[row() + 8 * r] : q_scale[r];
   }
 
   __device__ __forceinline__ float bound_of_row(int r) const { return s.q_bound[row() + 8 * r]; }
@@ -75,55 +88,100 @@ struct Consumer : ConsumerBase {
   }
 
   // Scales of the exponents of a block that needs no maxima.
+  template <bool kHalf>
   __device__ __forceinline__ void set_scales(float (&c)[2], float k_scale) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) c[r] = scale_of_row(r) * k_scale;
+    for (int r = 0; r < 2; ++r) c[r] = scale_of_row<kHalf>(r) * k_scale;
   }
 
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale. Says
   // whether a maximum has moved.
+  template <bool kHalf>
   __device__ __forceinline__ bool reduce(float (&c)[2], float k_scale) {
+    constexpr float limit = kHalf ? kHalfAtMaximum + kMargin : kLargest;
     float top[2];
-    set_scales(c, k_scale);
+    set_scales<kHalf>(c, k_scale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = static_cast<float>(row_top(scores, r));
     }
-    const bool within = fmaf(top[0], c[0], b[0]) <= kLargest && fmaf(top[1], c[1], b[1]) <= kLargest;
+    const bool within = fmaf(top[0], c[0], b[0]) <= limit && fmaf(top[1], c[1], b[1]) <= limit;
     if (!__any_sync(~0u, !within)) return false;
+    if constexpr (kHalf) {
+      advance_maxima(top, c);
+    } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) advance_maximum(r, top[r] * c[r]);
+      for (int r = 0; r < 2; ++r) advance_maximum<kHalf>(r, top[r] * c[r]);
+    }
     return true;
   }
 
+  // Both rows at a time: scaling sums in fp16 takes no longer than finding out whether that is needed.
+  __device__ __forceinline__ void advance_maxima(const float (&top)[2], const float (&c)[2]) {
+    float x[2], alpha[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) x[r] = quad_max(top[r] * c[r]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float next = x[r] + b[r] <= kHalfAtMaximum + kMargin ? b[r] : kHalfAtMaximum - x[r];
+      alpha[r] = exp2_approx(next - b[r]);
+      b[r] = next;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) scale_sums<true>(r, alpha[r]);
+  }
+
   // x: the thread's largest score of a row, scaled.
+  template <bool kHalf>
   __device__ __forceinline__ void advance_maximum(int r, float x) {
-    if (__all_sync(~0u, x + b[r] <= kLargest)) return;
+    constexpr float at_maximum = kHalf ? kHalfAtMaximum : kAtMaximum, limit = at_maximum + kMargin;
+    if (__all_sync(~0u, x + b[r] <= limit)) return;
     const float top = quad_max(x);
     float next = b[r];
-    if (!(top + b[r] <= kLargest)) {
-      next = kBounded ? bounded_offset(top, bound_of_row(r), kAtMaximum, kLargest) : kAtMaximum - top;
+    if (!(top + b[r] <= limit)) {
+      next = kBounded ? bounded_offset(top, bound_of_row(r), at_maximum, limit) : at_maximum - top;
     }
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
     b[r] = next;
-    if (first) return;
-    l[r] *= alpha;
-    sum[2 * r] *= alpha;
-    sum[2 * r + 1] *= alpha;
+    if (!first) scale_sums<kHalf>(r, alpha);
+  }
+
+  template <bool kHalf>
+  __device__ __forceinline__ void scale_sums(int r, float alpha) {
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
+    for (int i = 0; i < kSums; ++i) sum[kSums * r + i] *= alpha;
+    if constexpr (kHalf) {
+      l[r] *= half.scale(r, alpha);
+    } else {
+      l[r] *= alpha;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 4; ++i) o[i / 2 * 4 + 2 * r + i % 2] *= alpha;
+    }
+  }
+
+  // Scales rows with a large sum of P down, by a power of two, and what they add from now on.
+  __device__ __forceinline__ void bound_sums() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool beyond = l[r] > kLargestSum;
+      if (!__any_sync(~0u, beyond)) continue;
+      const int steps = beyond ? (__float_as_int(l[r]) >> 23) - 127 - kSumExponent : 0;
+      b[r] -= static_cast<float>(steps);
+      scale_sums<true>(r, __int_as_float((127 - steps) << 23));
+    }
   }
 
   // The same for a block with masks.
+  template <bool kHalf>
   __device__ __forceinline__ void reduce_masked(float (&c)[2], float k_scale, int block) {
     const uint32_t bad = bad_keys(block);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       bool undefined;
       const int top = mask_row(scores, r, block, bad, undefined);
-      c[r] = scale_of_row(r) * k_scale;
-      advance_maximum(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
+      c[r] = scale_of_row<kHalf>(r) * k_scale;
+      advance_maximum<kHalf>(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
       // The exponent of a masked score must vanish beside b: with a tiny scale the scores move to a coarser one, whose
       // step is far below fp32's resolution of b.
       float c_min = fmaf(fmaxf(b[r], 0.f), 0x1p-30f, 0x1p-22f);
@@ -159,13 +217,13 @@ struct Consumer : ConsumerBase {
 #pragma unroll
       for (int n = i; n < i + 2; ++n) {
         const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
-        if constexpr (kExactSums) sum[n % 4] += e;
+        if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
         scores[n] = __float_as_int(e);
       }
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
       sum[0] += half2_sum(pair_sum[0]);
-      sum[2] += half2_sum(pair_sum[1]);
+      sum[kSums] += half2_sum(pair_sum[1]);
     }
   }
 
@@ -212,73 +270,126 @@ struct Consumer : ConsumerBase {
   }
 
   // P of the keys from part `part` on, and its product with V.
-  template <int part>
+  template <bool kHalf, int part>
   __device__ __forceinline__ void weigh(const float (&c)[2]) {
     constexpr int first = part * kBlock / kParts, last = (part + 1) * kBlock / kParts;
     exponentiate<first / 2, last / 2>(c);
     pack<first, last>();
     if constexpr (part == 0 && kWall) wait_for_block();  // it has come: this is no more than a branch
     pin_first<kWeights*(part + 1) / kParts>(scores);
-    if constexpr (part == 0) pin(o);
-    issue_pv<first, last>();
-    if constexpr (part + 1 < kParts) weigh<part + 1>(c);
+    if constexpr (part == 0) pin_sums<kHalf>();
+    issue_pv<kHalf, first, last>();
+    if constexpr (part + 1 < kParts) weigh<kHalf, part + 1>(c);
+  }
+
+  template <bool kHalf>
+  __device__ __forceinline__ void pin_sums() {
+    if constexpr (kHalf) {
+      pin(half.sums);
+    } else {
+      pin(o);
+    }
   }
 
   // A block's sums of P stand behind its O. They are positive: in the tensor core's accumulator, which drops low bits,
   // the sum over many blocks would fall short.
+  template <bool kHalf>
   __device__ __forceinline__ void take_sums() {
+    if constexpr (kHalf) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
+      for (int r = 0; r < 2; ++r) l[r] += half.take_sum(r);
+    } else {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) o[kHeadDim / 2 + 2 * r] = 0.f;
+      for (int r = 0; r < 2; ++r) l[r] += o[kHeadDim / 2 + 2 * r];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) o[kHeadDim / 2 + 2 * r] = 0.f;
+    }
   }
 
-  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
-  // the keys; with keys that are not finite every block is masked.
-  __device__ __forceinline__ void attend_blocks() {
-    int masked = uniform(task().masked);  // below 0: no block to come needs maxima
-    const int begin = uniform(task().begin);
+  // The blocks from `block` down to `stop`, of which the first `masked` need masks; below 0: none to come needs maxima.
+  template <bool kHalf>
+  __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
 #pragma unroll 1
-    for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
-      const float k_scale = next_k_scale();
+    for (; block >= stop; --block) {
+      const float k_scale = kScalesInShared && !kHalf ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
       float c[2];
       if (masked > 0) {
         --masked;
-        reduce_masked(c, k_scale, block);
+        reduce_masked<kHalf>(c, k_scale, block);
         if (kV == V::kIo && kCausal && task().v_bad) clear_nonfinite();
         if (kBounded && masked == 0 && bounded()) masked = -1;
       } else if (kBounded && masked < 0) {
-        set_scales(c, k_scale);
-      } else if (reduce(c, k_scale) && bounded()) {
+        set_scales<kHalf>(c, k_scale);
+      } else if (reduce<kHalf>(c, k_scale) && bounded()) {
         masked = -1;
       }
-      weigh<0>(c);
+      weigh<kHalf, 0>(c);
       wgmma_wait<0>();
-      pin(o);
+      pin_sums<kHalf>();
       pin_first<kWeights>(scores);
-      if constexpr (kOnes != 0) take_sums();
+      if constexpr (kOnes != 0) take_sums<kHalf>();
       release_block();
     }
   }
 
-  __device__ __forceinline__ void attend() {
-    if constexpr (!kScalesInShared) {
-      for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
+  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
+  // the keys; with keys that are not finite every block is masked.
+  template <bool kHalf>
+  __device__ __forceinline__ void attend_blocks() {
+    int masked = uniform(task().masked);
+    const int begin = uniform(task().begin);
+    int block = static_cast<int>(uniform(task().end)) - 1;
+    if constexpr (!kHalf) {
+      attend_run<kHalf>(block, begin, masked);
+      return;
     }
+    half.clear();
+    // Sums are looked at behind 1, 4, 16, 32, 64, 96, ... blocks.
+    int seen = 0, next = 1;
+#pragma unroll 1
+    while (block >= begin) {
+      attend_run<kHalf>(block, static_cast<int>(uniform(max(begin, block + 1 + seen - next))), masked);
+      if (block < begin) break;
+      seen = next;
+      next = seen < 32 ? min(4 * seen, seen + 16) : seen + 32;
+      bound_sums();
+    }
+    if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place);
+    half.read(o);
+  }
+
+  __device__ __forceinline__ void attend() {
+    for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
-    sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+    for (float& x : sum) x = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
-    attend_blocks();
+    if (kHalfSums && uniform(task().in_half) != 0) {
+      attend_blocks<true>();
+    } else {
+      attend_blocks<false>();
+    }
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      total[r] = kExactSums ? row_sum(sum[2 * r] + sum[2 * r + 1]) : l[r];
+      total[r] = kExactSums ? row_sum(kSums == 1 ? sum[r] : sum[2 * r] + sum[2 * r + 1]) : l[r];
       if constexpr (kOnes == 0) l[r] = total[r];
     }
     write({-b[0], -b[1]}, total);
+  }
+
+  __device__ __forceinline__ void attend_tiles() {
+    if constexpr (!kHalfSums) {
+      while (begin()) attend();
+      return;
+    }
+#pragma unroll 1
+    do {
+#pragma unroll 1
+      while (begin()) attend();
+    } while (end_phase(s, static_cast<Phase>(uniform(task().phase))) != kEnd);
   }
 };
 

@@ -9,6 +9,7 @@
 #include "ptx/store.cuh"
 #include "ptx/wgmma.cuh"
 #include "queries.cuh"
+#include "queue.cuh"
 #include "rows.cuh"
 #include "tile.cuh"
 
@@ -24,7 +25,6 @@ struct ConsumerBase {
   Ring<kStages> ring;                        // the block that comes next
   uint64_t q_operand, k_operand, v_operand;  // wgmma's descriptors of Q and of the first stages
   const float* k_scales;
-  int turn;    // which tile of this thread block, counted from 0
   float l[2];  // sums of P
   float o[kHeadDim / 2 + kOnes / 2];
 
@@ -56,6 +56,11 @@ struct ConsumerBase {
     float scale = __ldg(k_scales);
     k_scales -= 4;
     return scale;
+  }
+
+  // The same of a block, without a pointer that stays.
+  __device__ __forceinline__ float k_scale_at(int block) const {
+    return __ldg(p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad());
   }
 
   __device__ __forceinline__ void issue_qk(Scores& scores) {
@@ -109,9 +114,8 @@ struct ConsumerBase {
     return bad == nullptr ? 0 : __ldg(bad + 4 * block + quad());
   }
 
-  // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
-  // score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or NaN: that ends the row.
-  __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
+  // Masks what row r of a block that holds the end of the keys or the causal diagonal does not see.
+  __device__ __forceinline__ void mask_unseen(Scores& scores, int r, int block) {
     int limit = p.seqlen_k - block * kBlock;
     if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
     limit -= 2 * quad();  // of this thread's keys
@@ -120,6 +124,11 @@ struct ConsumerBase {
       if (n / 2 * 8 + n % 2 >= limit) scores[n / 2 * 4 + 2 * r + n % 2] = kMasked;
     }
     pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
+  }
+
+  // Masks bad keys, too; returns the row's largest score, kMasked when there is none. The score of a visible bad key is
+  // -inf, or +inf or NaN: that ends the row.
+  __device__ __forceinline__ int mask_bad(Scores& scores, int r, uint32_t bad, bool& undefined) {
     undefined = false;
     if (__any_sync(~0u, bad != 0)) {
 #pragma unroll
@@ -134,6 +143,11 @@ struct ConsumerBase {
     return row_top(scores, r);
   }
 
+  __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
+    mask_unseen(scores, r, block);
+    return mask_bad(scores, r, bad, undefined);
+  }
+
   // Brings the visible scores of row r to a coarser scale.
   static __device__ __forceinline__ void coarsen_row(Scores& scores, int r, float ratio) {
 #pragma unroll
@@ -144,7 +158,10 @@ struct ConsumerBase {
   }
 
   // What this warpgroup has to do now. It is read where it is used: registers are short.
-  __device__ __forceinline__ const Task& task() const { return s.tasks[thread_index() / 128 - 1][turn & 1]; }
+  __device__ __forceinline__ const Task& task() const {
+    const uint32_t thread = thread_index() - 128;
+    return s.tasks[thread / 128][s.turns[thread]];
+  }
   // This thread's query of row r.
   __device__ __forceinline__ int query(int r) const { return task().row + row() % 64 + 8 * r; }
 
@@ -167,14 +184,17 @@ struct ConsumerBase {
     }
   }
 
-  // Takes the next tile, if there is one.
-  __device__ __forceinline__ bool begin(int next) {
-    turn = next;
+  // Takes the next tile of the round, if there is one.
+  __device__ __forceinline__ bool begin() {
     const int group = thread_index() / 128 - 1;
-    mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
-    if (static_cast<int>(uniform(task().head)) < 0) return false;
-    quantize_queries();
+    const int turn = s.turns[thread_index() - 128] ^= 1;
+    mbarrier_wait(shared_address(&s.full_q[group]), turn);
+    const bool ends = static_cast<int>(uniform(task().head)) < 0;
+    if (!kHalfSums && ends) return false;  // for good
+    if (!ends) quantize_queries();
+    __syncwarp();  // one lane arrives for what all of them have read
     mbarrier_arrive_once(shared_address(&s.empty_q[group]));
+    if (ends) return false;
     fence_async_shared();
     named_barrier(group + 1, 128);
     q_operand = uniform_operand(descriptor<kHeadDim>(shared_address(&s.q[group * 64 * kHeadDim])));

@@ -227,6 +227,14 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   cluster_wait();
 }
 
+// What the largest magnitude of a channel of V becomes in e4m3, `square` being the mean of its squares: e4m3's largest
+// value less the power of two that leaves a root mean square of 1 to 2, for sums in fp16 (half_sums.cuh).
+__device__ __forceinline__ float v_largest(float amax, float square) {
+  const float ratio = amax / (224.0f * sqrtf(fmaxf(square, 0.0f)));
+  const float power = __uint_as_float(__float_as_uint(fmaxf(ratio, 0x1p-8f)) & 0x7f800000u);
+  return 448.0f * fminf(power, 1.0f);
+}
+
 // Shift and inverse scale of one channel of V, in s; rank 0 writes what attention needs.
 __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel,
                                                  bool nonfinite) {
@@ -239,14 +247,16 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
   if constexpr (kQuantizedV) {
     float count = static_cast<float>(rows);
     float mean = reduce_cluster<kSum>(s, channel) / count;
-    mean = v_shift(mean, reduce_cluster<kSquares>(s, channel) / count);
+    float square = reduce_cluster<kSquares>(s, channel) / count;
+    mean = v_shift(mean, square);
     s.shift[channel] = mean;
     if (t.rank == 0) p.VMean[at] = mean;
     if constexpr (!kInt8V) {
       float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
       bool zero = !(amax >= kTiny);  // also where nothing is finite
-      s.inverse[channel] = zero ? 0.0f : 448.0f / amax;
-      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax * (1.0f / 448.0f);
+      float largest = v_largest(amax, square - mean * mean);
+      s.inverse[channel] = zero ? 0.0f : largest / amax;
+      if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax / largest;
     }
   }
 }

@@ -43,6 +43,25 @@ __device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage
 // Blocks before the end of a tile at which the next one is taken: time for the scouts to have its queries copied.
 constexpr int kLead = 4;
 
+// Feeds the blocks of tile `index`; calls `near_end` shortly before the last ones.
+template <typename F>
+__device__ __forceinline__ void feed_tile(const Params& p, Shared& s, Ring<kStages>& ring, int index, F near_end) {
+  const Tile tile = tile_at(p, index);
+  const int head_kv = tile.head / p.group;
+  int block = tile.end - 1;
+  auto feed = [&](int begin) {
+#pragma unroll 1
+    for (; block >= begin; --block) {
+      mbarrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
+      if (elect_one()) load_block(p, s, ring.stage, head_kv, block);
+      ring.advance();
+    }
+  };
+  feed(tile.begin + kLead);
+  near_end();
+  feed(tile.begin);
+}
+
 // Keeps the stages full.
 __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> ring;
@@ -51,22 +70,32 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   tell_tile(s, turns, index);
   wait_for_prerequisites();  // behind that: the scouts' first queries do not come from the pre-pass
 #pragma unroll 1
-  while (index < count_of_tiles(p)) {
-    const Tile tile = tile_at(p, index);
-    const int head_kv = tile.head / p.group;
-    int block = tile.end - 1;
-    auto feed = [&](int begin) {
+  for (;;) {
+    bool goes_on = true;  // the round does
 #pragma unroll 1
-      for (; block >= begin; --block) {
-        mbarrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
-        if (elect_one()) load_block(p, s, ring.stage, head_kv, block);
-        ring.advance();
-      }
-    };
-    feed(tile.begin + kLead);
-    index = take_tile(p, index);
+    for (int place = 0; goes_on; ++place) {
+      if (kHalfSums && elect_one()) s.taken[place] = index;
+      feed_tile(p, s, ring, index, [&] {
+        index = take_tile(p, index);
+        goes_on = index < count_of_tiles(p) && (!kHalfSums || place + 1 < kRoundTiles);
+        tell_tile(s, turns, goes_on ? index : kNoTile);
+      });
+    }
+    if constexpr (!kHalfSums) return;
+    if (elect_one()) s.is_last_round = index >= count_of_tiles(p);
+    Phase phase = end_phase(s, kFirst);
+    if (phase == kAgain) {
+      for_each_overflown(s, [&](int again) {
+        tell_tile(s, turns, again);
+        feed_tile(p, s, ring, again, [] {});
+      });
+      tell_tile(s, turns, kNoTile);
+      phase = end_phase(s, kAgain);
+    }
+    if (phase == kEnd) return;
+    clear_overflown(s);
+    __syncwarp();
     tell_tile(s, turns, index);
-    feed(tile.begin);
   }
 }
 

@@ -2,9 +2,13 @@
 // Which tile comes next. Thread blocks take tiles from one counter in device memory: those that are done sooner take
 // more. The producer takes a tile shortly before it is needed, so that as much as possible is known of who is ahead,
 // and tells the scouts; they tell the consumers.
+//
+// With sums in fp16 a thread block takes its tiles in rounds. Those whose sums have overflown are computed again, with
+// sums in fp32, when a round ends: all warps go through them as noted in shared memory, in the order they were taken.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
+#include "ptx/named_barrier.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -18,6 +22,8 @@ __device__ __forceinline__ int take_tile(const Params& p, int index) {
   if (thread_index() % 32 == 0) taken = atomicAdd(p.next_tile, 1);
   return grid_width() + __shfl_sync(~0u, taken, 0);
 }
+
+constexpr int kNoTile = -1;  // told where a round ends
 
 // Tells the scouts of the tile of a turn. The producer's warp calls it.
 __device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index) {
@@ -36,6 +42,41 @@ __device__ __forceinline__ int hear_tile(Shared& s, Ring<kTurns>& turns) {
   mbarrier_arrive_once(shared_address(&s.empty_tile[turns.stage]));
   turns.advance();
   return index;
+}
+
+// The sums of the tile in this place of the round have overflown. All lanes of a warp call it.
+__device__ __forceinline__ void tell_overflow(Shared& s, int place) {
+  if (thread_index() % 32 != 0) return;
+  atomicOr(&s.overflown[place / 32], 1u << place % 32);
+  s.has_overflown = 1;
+}
+
+// All warps of the block come here at the end of a phase. Returns the one that follows.
+__device__ __forceinline__ Phase end_phase(const Shared& s, Phase phase) {
+  auto wait_for_all = [] { named_barrier(kGroups + 1, kThreads); };
+  wait_for_all();
+  if (phase == kFirst && uniform(s.has_overflown) != 0) return kAgain;
+  if (uniform(s.is_last_round) != 0) return kEnd;
+  wait_for_all();  // what has been read above is not written earlier
+  return kFirst;
+}
+
+// The tiles of the round to be computed again. All lanes of a warp call it.
+template <typename F>
+__device__ __forceinline__ void for_each_overflown(const Shared& s, F f) {
+#pragma unroll 1
+  for (int word = 0; word < kRoundTiles / 32; ++word) {
+#pragma unroll 1
+    for (uint32_t bits = uniform(s.overflown[word]); bits != 0; bits &= bits - 1) {
+      f(static_cast<int>(uniform(s.taken[32 * word + __ffs(static_cast<int>(bits)) - 1])));
+    }
+  }
+}
+
+// For the next round.
+__device__ __forceinline__ void clear_overflown(Shared& s) {
+  if (thread_index() % 32 < kRoundTiles / 32) s.overflown[thread_index() % 32] = 0;
+  s.has_overflown = 0;
 }
 
 }  // namespace sagert

@@ -67,17 +67,23 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
   const uint32_t full = shared_address(&s.full_q[group]);
   const bool writes = thread_index() % 32 == 0;
   Ring<kTurns> turns;
+  Phase phase = kFirst;
+  int place = 0;  // in the round
 #pragma unroll 1
-  for (int turn = 0;; ++turn) {
+  for (int turn = 0;; ++turn, ++place) {
     const int index = hear_tile(s, turns);
     Task& task = s.tasks[group][turn & 1];
     // The group has read the queries of the tile before, and is done with the one before that.
     mbarrier_wait(shared_address(&s.empty_q[group]), turn & 1 ^ 1);
-    if (index >= count_of_tiles(p)) {
-      if (writes) task.head = -1;
+    if (index == kNoTile) {
+      if (writes) task.head = -1, task.phase = phase;
       mbarrier_arrive(full);
       if (writes) mbarrier_arrive(full);
-      return;
+      if constexpr (!kHalfSums) return;
+      phase = end_phase(s, phase);
+      if (phase == kEnd) return;
+      place = -1;
+      continue;
     }
     const Tile tile = tile_at(p, index);
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
@@ -87,6 +93,8 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
     if constexpr (kBounded) k_norm = largest_norm(load_prerequisite(norm_slot(p.k_norm, tile.head / p.group)));
     if (writes) {
       write_task(p, tile, group, k_norm, task);
+      task.place = place, task.phase = phase;
+      task.in_half = phase == kFirst && task.end - task.begin <= kHalfBlocks;
       mbarrier_arrive(full);
     }
   }

@@ -31,6 +31,9 @@ constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 // Where scores are bounded beforehand, blocks without row maxima. At head_dim 128 the tensor core has no time for more:
 // it is slower without them.
 constexpr bool kBounded = kNormsOfK && kHeadDim == 64;
+constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
+// Every addition rounds to 11 bits: over more blocks than these the error would add to that of e4m3.
+constexpr int kHalfBlocks = 256;
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -100,9 +103,12 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   return tile;
 }
 
+// Of a round (queue.cuh): its tiles, and some of them again.
+enum Phase { kFirst, kAgain, kEnd };
+
 // What a consumer warpgroup has to do at a tile.
 struct Task {
-  int head;  // below 0: there are no more tiles
+  int head;  // below 0: the round has no more tiles
   int head_kv;
   int row;      // its first query
   int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
@@ -110,12 +116,16 @@ struct Task {
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
+  int place;            // of the tile in the round
+  int in_half;  // P V is summed in fp16
+  Phase phase;
   float k_norm;         // of the head's keys, the largest
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
 };
 
 constexpr int kTurns = 4;           // tiles that the producer may be ahead of the scouts
+constexpr int kRoundTiles = 256;    // in a round at most
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
 
 struct Shared {
@@ -131,7 +141,11 @@ struct Shared {
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
+  uint8_t turns[128 * kGroups];  // which of them is each thread's
   int tiles[kTurns];       // what the producer has taken (queue.cuh)
+  int taken[kHalfSums ? kRoundTiles : 1];                // in this round
+  uint32_t overflown[kHalfSums ? kRoundTiles / 32 : 1];  // which of these are to be computed again, a bit each
+  int has_overflown, is_last_round;
   uint64_t full[kStages], empty[kStages];
   uint64_t full_q[kGroups], empty_q[kGroups];
   uint64_t full_tile[kTurns], empty_tile[kTurns];

@@ -71,7 +71,7 @@ def copy(w: Writer, insn: Instruction) -> None:
 def group_multiply(w: Writer, insn: Instruction) -> None:
     if not insn.opcode.startswith("wgmma.mma_async"):
         return  # fences and groups: products are there at once
-    found = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(s32|f32)\.(\w+)\.(\w+)", insn.opcode)
+    found = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(s32|f32|f16)\.(\w+)\.(\w+)", insn.opcode)
     if found is None:
         raise PtxError(f"unknown form {insn.opcode}")
     n, k, c, a, b = found.groups()

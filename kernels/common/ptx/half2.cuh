@@ -18,20 +18,38 @@ __device__ __forceinline__ uint32_t half2_add(uint32_t a, uint32_t b) {
   return d;
 }
 
+__device__ __forceinline__ uint32_t half2_subtract(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t half2_multiply(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+
 __device__ __forceinline__ uint32_t bfloat2_multiply(uint32_t a, uint32_t b) {
   uint32_t d;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 
-// The low half plus the high half, in fp32.
-__device__ __forceinline__ float half2_sum(uint32_t x) {
-  float low, high;
-  asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
-      : "=f"(low), "=f"(high)
-      : "r"(x));
-  return low + high;
+__device__ __forceinline__ float half2_low(uint32_t x) {
+  float low;
+  asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}\n" : "=f"(low) : "r"(x));
+  return low;
 }
+
+__device__ __forceinline__ float half2_high(uint32_t x) {
+  float high;
+  asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, h;\n}\n" : "=f"(high) : "r"(x));
+  return high;
+}
+
+// The low half plus the high half, in fp32.
+__device__ __forceinline__ float half2_sum(uint32_t x) { return half2_low(x) + half2_high(x); }
 
 // Both to e4m3, clamped to +-448; the low half's in the low byte.
 __device__ __forceinline__ uint16_t half2_to_e4m3x2(uint32_t x) {

@@ -35,21 +35,33 @@ __device__ __forceinline__ void pin(int32_t (&registers)[n]) {
 }
 
 template <int n>
+__device__ __forceinline__ void pin(uint32_t (&registers)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) asm volatile("" : "+r"(registers[i])::"memory");
+}
+
+template <int n>
 __device__ __forceinline__ void pin(float (&registers)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
 // clang-format off
+#define SAGERT_WGMMA_D18 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17"
 #define SAGERT_WGMMA_D32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define SAGERT_WGMMA_D36 SAGERT_WGMMA_D32 ", %32, %33, %34, %35"
+#define SAGERT_WGMMA_D34 SAGERT_WGMMA_D32 ", %32, %33"
+#define SAGERT_WGMMA_D36 SAGERT_WGMMA_D34 ", %34, %35"
 #define SAGERT_WGMMA_D64 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SAGERT_WGMMA_D68 SAGERT_WGMMA_D64 ", %64, %65, %66, %67"
+#define SAGERT_WGMMA_OPERANDS18(C, d) \
+  C(d[0]), C(d[1]), C(d[2]), C(d[3]), C(d[4]), C(d[5]), C(d[6]), C(d[7]), C(d[8]), \
+  C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), C(d[16]), C(d[17])
 #define SAGERT_WGMMA_OPERANDS32(C, d) \
   C(d[0]), C(d[1]), C(d[2]), C(d[3]), C(d[4]), C(d[5]), C(d[6]), C(d[7]), \
   C(d[8]), C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), \
@@ -64,8 +76,10 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
   C(d[40]), C(d[41]), C(d[42]), C(d[43]), C(d[44]), C(d[45]), C(d[46]), C(d[47]), \
   C(d[48]), C(d[49]), C(d[50]), C(d[51]), C(d[52]), C(d[53]), C(d[54]), C(d[55]), \
   C(d[56]), C(d[57]), C(d[58]), C(d[59]), C(d[60]), C(d[61]), C(d[62]), C(d[63])
+#define SAGERT_WGMMA_OPERANDS34(C, d) \
+  SAGERT_WGMMA_OPERANDS32(C, d), C(d[32]), C(d[33])
 #define SAGERT_WGMMA_OPERANDS36(C, d) \
-  SAGERT_WGMMA_OPERANDS32(C, d), C(d[32]), C(d[33]), C(d[34]), C(d[35])
+  SAGERT_WGMMA_OPERANDS34(C, d), C(d[34]), C(d[35])
 #define SAGERT_WGMMA_OPERANDS68(C, d) \
   SAGERT_WGMMA_OPERANDS64(C, d), C(d[64]), C(d[65]), C(d[66]), C(d[67])
 // clang-format on
@@ -115,19 +129,23 @@ SAGERT_WGMMA_U8S8(128, 64, 64, 65, 66, 67, 68, 69)
 #undef SAGERT_WGMMA_U8S8
 #undef SAGERT_WGMMA_U8S8_AS
 
-// D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D is kept with about 14 bits.
-#define SAGERT_WGMMA_E4M3(columns, count, a0, a1, a2, a3, b0, flag)                                       \
-  __device__ __forceinline__ void wgmma_e4m3(float (&d)[count], const uint32_t* a, uint64_t b) {          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                               \
-                 ", 0;\n"                                                                                 \
-                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32.f32.e4m3.e4m3 {" SAGERT_WGMMA_D##count \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1;\n}\n"                   \
-                 : SAGERT_WGMMA_OPERANDS##count(SAGERT_ACC_F, d)                                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                           \
+// D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D in fp32 is kept with about 14 bits. D in fp16 is
+// rounded to nearest for each K; d[2 j] are columns 8 j + 2 (t % 4) + 0, 1 of the first row, d[2 j + 1] those of the
+// second.
+#define SAGERT_WGMMA_E4M3(type, sums, constraint, columns, count, a0, a1, a2, a3, b0, flag)                   \
+  __device__ __forceinline__ void wgmma_e4m3(type (&d)[count], const uint32_t* a, uint64_t b) {               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                   \
+                 ", 0;\n"                                                                                     \
+                 "wgmma.mma_async.sync.aligned.m64n" #columns "k32." sums ".e4m3.e4m3 {" SAGERT_WGMMA_D##count \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1;\n}\n"                       \
+                 : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                               \
   }
 
-SAGERT_WGMMA_E4M3(72, 36, 36, 37, 38, 39, 40, 41)
-SAGERT_WGMMA_E4M3(136, 68, 68, 69, 70, 71, 72, 73)
+SAGERT_WGMMA_E4M3(float, "f32", SAGERT_ACC_F, 72, 36, 36, 37, 38, 39, 40, 41)
+SAGERT_WGMMA_E4M3(float, "f32", SAGERT_ACC_F, 136, 68, 68, 69, 70, 71, 72, 73)
+SAGERT_WGMMA_E4M3(uint32_t, "f16", SAGERT_ACC_R, 72, 18, 18, 19, 20, 21, 22, 23)
+SAGERT_WGMMA_E4M3(uint32_t, "f16", SAGERT_ACC_R, 136, 34, 34, 35, 36, 37, 38, 39)
 
 // D += P V with 16-bit A (registers) and B (channels contiguous), K = 16.
 #define SAGERT_WGMMA_IO(type, columns, count, a0, a1, a2, a3, b0, flag)                                             \
@@ -147,11 +165,15 @@ SAGERT_WGMMA_IO(bf16, 128, 64, 64, 65, 66, 67, 68, 69)
 
 #undef SAGERT_WGMMA_E4M3
 #undef SAGERT_WGMMA_IO
+#undef SAGERT_WGMMA_D18
 #undef SAGERT_WGMMA_D32
+#undef SAGERT_WGMMA_D34
 #undef SAGERT_WGMMA_D36
 #undef SAGERT_WGMMA_D64
 #undef SAGERT_WGMMA_D68
+#undef SAGERT_WGMMA_OPERANDS18
 #undef SAGERT_WGMMA_OPERANDS32
+#undef SAGERT_WGMMA_OPERANDS34
 #undef SAGERT_WGMMA_OPERANDS36
 #undef SAGERT_WGMMA_OPERANDS64
 #undef SAGERT_WGMMA_OPERANDS68

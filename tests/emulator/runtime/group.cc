@@ -81,22 +81,42 @@ void product(const WarpLanes& warp, const Shape& shape, std::vector<T>& sum, con
   }
 }
 
-template <typename T, typename Word>
+// Accumulators of a lane in its words, by their type: each has one, or, in fp16, half of one.
+template <typename Word>
+struct Whole {
+  static constexpr int kPerWord = 1;
+  static Word get(const uint32_t* words, int e) { return bits_of<Word>(words[e]); }
+  static void set(uint32_t* words, int e, double value) { words[e] = bits_of<uint32_t>(static_cast<Word>(value)); }
+};
+
+struct Half {
+  static constexpr int kPerWord = 2;
+  static double get(const uint32_t* words, int e) {
+    return from_f16(static_cast<uint16_t>(words[e / 2] >> e % 2 * 16));
+  }
+  static void set(uint32_t* words, int e, double value) {
+    const uint32_t bits = to_f16(value);
+    words[e / 2] = e % 2 == 0 ? bits : words[e / 2] | bits << 16;
+  }
+};
+
+template <typename T, typename Accumulators>
 void carry_out(const WarpLanes& warp, const Shape& shape) {
   const int count = shape.n / 2;  // accumulators of a lane
+  const int first = count / Accumulators::kPerWord;
   const uint32_t* words = warp.lane[0]->words;
-  const bool counts = words[count + (shape.a_shared ? 4 : 6)] != 0;
+  const bool counts = words[first + (shape.a_shared ? 4 : 6)] != 0;
   static thread_local std::vector<T> sum;
   sum.assign(size_t{16} * shape.n, 0);
   auto place = [&](int t, int e) -> T& {
     return sum[static_cast<size_t>((t / 4 + e / 2 % 2 * 8) * shape.n + e / 4 * 8 + t % 4 * 2 + e % 2)];
   };
   for (int t = 0; t < 32 && counts; ++t) {
-    for (int e = 0; e < count; ++e) place(t, e) = static_cast<T>(bits_of<Word>(warp.lane[t]->words[e]));
+    for (int e = 0; e < count; ++e) place(t, e) = static_cast<T>(Accumulators::get(warp.lane[t]->words, e));
   }
-  product(warp, shape, sum, words, count);
+  product(warp, shape, sum, words, first);
   for (int t = 0; t < 32; ++t) {
-    for (int e = 0; e < count; ++e) warp.lane[t]->words[e] = bits_of<uint32_t>(static_cast<Word>(place(t, e)));
+    for (int e = 0; e < count; ++e) Accumulators::set(warp.lane[t]->words, e, place(t, e));
   }
 }
 
@@ -104,9 +124,11 @@ void carry_out(const WarpLanes& warp, const Shape& shape) {
 
 void group_multiply(const WarpLanes& warp, const Shape& shape) {
   if (shape.c == Element::kS32) {
-    carry_out<int32_t, int32_t>(warp, shape);
+    carry_out<int32_t, Whole<int32_t>>(warp, shape);
+  } else if (shape.c == Element::kF16) {
+    carry_out<double, Half>(warp, shape);
   } else {
-    carry_out<double, float>(warp, shape);
+    carry_out<double, Whole<float>>(warp, shape);
   }
 }
 

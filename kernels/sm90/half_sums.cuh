@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of P V in fp16, with e4m3 P and V. wgmma reads and writes all of them for every 32 keys, and what the other
+// warps do meanwhile waits for the same registers: with half as many it waits half as long.
+//
+// fp16 ends at 65504. The pre-pass scales V so that its root mean square is 1 to 2, P is 112 at a row's maximum, and a
+// row whose sum of P exceeds kLargestSum when it is looked at has P scaled down from there on, which costs no precision
+// where that many keys count. Nearly all rows stay far below the end; where a sum has left it the tile is computed again
+// with sums in fp32 (queue.cuh): infinities and NaN stay in a sum, so that none is overlooked.
+#pragma once
+
+#include "ptx/half2.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile.cuh"
+
+namespace sagert {
+
+constexpr float kLargestSum = 16384.f;
+constexpr int kSumExponent = 12;  // of a larger one, scaled down
+
+struct HalfSums {
+  // Pairs of channels 8 j + 2 quad + {0, 1}: 2 j + r is row r's. The last ones are the sums of P in a block.
+  uint32_t sums[kHeadDim / 4 + kOnes / 4];
+
+  __device__ __forceinline__ void clear() {
+    for (uint32_t& x : sums) x = 0;
+  }
+
+  // Scales row r by `factor`, rounded to fp16; returns what that is.
+  __device__ __forceinline__ float scale(int r, float factor) {
+    const uint32_t rounded = ptx::to_fp16x2(factor, factor);
+#pragma unroll
+    for (int i = r; i < kHeadDim / 4; i += 2) sums[i] = ptx::half2_multiply(sums[i], rounded);
+    return ptx::half2_low(rounded);
+  }
+
+  // The sum of P of row r in the last block, cleared for the next one.
+  __device__ __forceinline__ float take_sum(int r) {
+    const float sum = ptx::half2_low(sums[kHeadDim / 4 + r]);
+    sums[kHeadDim / 4 + r] = 0;
+    return sum;
+  }
+
+  // Has a sum left fp16's range?
+  __device__ __forceinline__ bool has_overflown() const {
+    uint32_t zeros = 0;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) zeros = ptx::half2_fma(sums[i], 0, zeros);
+    return (zeros & 0x7fff7fffu) != 0;
+  }
+
+  // The sums in fp32.
+  template <int n>
+  __device__ __forceinline__ void read(float (&o)[n]) const {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) {
+      o[2 * i] = ptx::half2_low(sums[i]);
+      o[2 * i + 1] = ptx::half2_high(sums[i]);
+    }
+  }
+};
+
+}  // namespace sagert

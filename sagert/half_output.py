@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""O of the wgmma family's int8_fp8, which its kernel sums in fp16 (kernels/sm90/half_sums.cuh)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LOG2_P = math.log2(112.0)  # at a row's maximum, as long as P has not been scaled down
+LARGEST_SUM, SUM_EXPONENT = 16384.0, 12  # of P where it is looked at, and the exponent of a larger one, scaled down
+LARGEST_BLOCKS = 256  # that are summed in fp16
+STEP = 32  # keys whose products are added at a time
+
+
+def half(x: Tensor) -> Tensor:
+    """Rounded to fp16, held in fp32."""
+    return x.to(torch.float16).float()
+
+
+class HalfOutput:
+    """O [N, rows, Dv], and the sums of P [N, rows, 1] that it is divided by."""
+
+    def __init__(self, like: Tensor) -> None:
+        """`like`: a tensor of O's shape."""
+        self.output = torch.zeros_like(like)
+        self.sums = torch.zeros_like(like[..., :1])
+        self.visited = torch.zeros_like(self.sums)  # blocks
+
+    def _scale(self, factor: Tensor) -> None:
+        self.output, self.sums = half(self.output * factor), self.sums * factor
+
+    def add(self, alpha: Tensor, p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """Scales by alpha [N, rows, 1] and adds p [N, rows, keys] @ v [N, keys, Dv], a block of keys.
+
+        seen: bool [N, rows, 1], rows that have a visible key in this block or had one before. Returns by how many
+        octaves P is smaller from now on [N, rows, 1]: O and its sums are already.
+        """
+        self._scale(half(alpha))
+        total = torch.zeros_like(self.sums)
+        for start in range(0, p.shape[2], STEP):
+            keys = slice(start, start + STEP)
+            self.output = half(self.output + p[:, :, keys] @ v[:, keys])
+            total = half(total + p[:, :, keys].sum(-1, keepdim=True))
+        self.sums = self.sums + total
+        self.visited = self.visited + seen
+        early = (self.visited == 1) | (self.visited == 4) | (self.visited == 16)
+        looked_at = early | ((self.visited > 0) & (self.visited % 32 == 0))
+        beyond = looked_at & (self.sums > LARGEST_SUM)
+        steps = torch.where(beyond, torch.frexp(self.sums).exponent - 1.0 - SUM_EXPONENT, 0.0)
+        self._scale(torch.exp2(-steps))
+        return steps
+
+    def overflown(self) -> Tensor:
+        """Rows that the kernel sums in fp32: those that have left fp16's range, and long ones. Bool [N, rows, 1]."""
+        return ~self.output.isfinite().all(-1, keepdim=True) | (self.visited > LARGEST_BLOCKS)
