@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     mbarrier_init_fence();
   }
   if (kHalfSums && threadIdx.x < 32) clear_overflown(s);
-  if (threadIdx.x < 128 * kGroups) s.turns[threadIdx.x] = 1;
+  if (kHalfSums && threadIdx.x < 128 * kGroups) s.turns[threadIdx.x] = 1;
   write_ones(s);
   __syncthreads();
   if (is_split()) launch_dependents();

@@ -357,7 +357,7 @@ struct Consumer : ConsumerBase {
       next = seen < 32 ? min(4 * seen, seen + 16) : seen + 32;
       bound_sums();
     }
-    if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place);
+    if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place());
     half.read(o);
   }
 
@@ -366,7 +366,7 @@ struct Consumer : ConsumerBase {
     b[0] = b[1] = -kLowest;
     for (float& x : sum) x = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
-    if (kHalfSums && uniform(task().in_half) != 0) {
+    if (kHalfSums && uniform(task().in_half()) != 0) {
       attend_blocks<true>();
     } else {
       attend_blocks<false>();
@@ -382,14 +382,14 @@ struct Consumer : ConsumerBase {
 
   __device__ __forceinline__ void attend_tiles() {
     if constexpr (!kHalfSums) {
-      while (begin()) attend();
+      for (int next = 0; begin(next); ++next) attend();
       return;
     }
 #pragma unroll 1
     do {
 #pragma unroll 1
-      while (begin()) attend();
-    } while (end_phase(s, static_cast<Phase>(uniform(task().phase))) != kEnd);
+      while (begin(0)) attend();
+    } while (end_phase(s, static_cast<Phase>(uniform(task().phase()))) != kEnd);
   }
 };
 

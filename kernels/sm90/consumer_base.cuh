@@ -25,6 +25,7 @@ struct ConsumerBase {
   Ring<kStages> ring;                        // the block that comes next
   uint64_t q_operand, k_operand, v_operand;  // wgmma's descriptors of Q and of the first stages
   const float* k_scales;
+  int turn;    // which tile of this thread block, counted from 0; unless kHalfSums
   float l[2];  // sums of P
   float o[kHeadDim / 2 + kOnes / 2];
 
@@ -114,8 +115,9 @@ struct ConsumerBase {
     return bad == nullptr ? 0 : __ldg(bad + 4 * block + quad());
   }
 
-  // Masks what row r of a block that holds the end of the keys or the causal diagonal does not see.
-  __device__ __forceinline__ void mask_unseen(Scores& scores, int r, int block) {
+  // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
+  // score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or NaN: that ends the row.
+  __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
     int limit = p.seqlen_k - block * kBlock;
     if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
     limit -= 2 * quad();  // of this thread's keys
@@ -124,11 +126,6 @@ struct ConsumerBase {
       if (n / 2 * 8 + n % 2 >= limit) scores[n / 2 * 4 + 2 * r + n % 2] = kMasked;
     }
     pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
-  }
-
-  // Masks bad keys, too; returns the row's largest score, kMasked when there is none. The score of a visible bad key is
-  // -inf, or +inf or NaN: that ends the row.
-  __device__ __forceinline__ int mask_bad(Scores& scores, int r, uint32_t bad, bool& undefined) {
     undefined = false;
     if (__any_sync(~0u, bad != 0)) {
 #pragma unroll
@@ -143,11 +140,6 @@ struct ConsumerBase {
     return row_top(scores, r);
   }
 
-  __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
-    mask_unseen(scores, r, block);
-    return mask_bad(scores, r, bad, undefined);
-  }
-
   // Brings the visible scores of row r to a coarser scale.
   static __device__ __forceinline__ void coarsen_row(Scores& scores, int r, float ratio) {
 #pragma unroll
@@ -160,7 +152,7 @@ struct ConsumerBase {
   // What this warpgroup has to do now. It is read where it is used: registers are short.
   __device__ __forceinline__ const Task& task() const {
     const uint32_t thread = thread_index() - 128;
-    return s.tasks[thread / 128][s.turns[thread]];
+    return s.tasks[thread / 128][kHalfSums ? s.turns[thread] : turn & 1];
   }
   // This thread's query of row r.
   __device__ __forceinline__ int query(int r) const { return task().row + row() % 64 + 8 * r; }
@@ -184,11 +176,11 @@ struct ConsumerBase {
     }
   }
 
-  // Takes the next tile of the round, if there is one.
-  __device__ __forceinline__ bool begin() {
+  // Takes the next tile of the round, if there is one; `next` counts them, unless kHalfSums.
+  __device__ __forceinline__ bool begin(int next) {
+    turn = kHalfSums ? s.turns[thread_index() - 128] ^= 1 : next;
     const int group = thread_index() / 128 - 1;
-    const int turn = s.turns[thread_index() - 128] ^= 1;
-    mbarrier_wait(shared_address(&s.full_q[group]), turn);
+    mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
     const bool ends = static_cast<int>(uniform(task().head)) < 0;
     if (!kHalfSums && ends) return false;  // for good
     if (!ends) quantize_queries();

@@ -101,16 +101,11 @@ struct Consumer : ConsumerBase {
 
   // The same for a block with masks.
   __device__ __forceinline__ void reduce_masked(Scaling& z, float k_scale, float (&unit)[2], int block) {
-    if constexpr (!kCausal) {  // before the bad keys are known, and with causal masks after: registers are short
-#pragma unroll
-      for (int r = 0; r < 2; ++r) mask_unseen(scores, r, block);
-    }
     const uint32_t bad = bad_keys(block);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if constexpr (kCausal) mask_unseen(scores, r, block);
       bool undefined;
-      int top = mask_bad(scores, r, bad, undefined);
+      int top = mask_row(scores, r, block, bad, undefined);
       float c = row_scale(r, k_scale);
       const bool unseen = top == kMasked;
       if (unseen) top = 0;  // masked scores stay far below it
@@ -159,10 +154,11 @@ struct Consumer : ConsumerBase {
     const int begin = uniform(task().begin);
 #pragma unroll 1
     for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
-      const float k_scale = k_scale_at(block);
+      const float k_scale = next_k_scale();
       issue_qk(scores);
       // To L1, without registers: they are read when P V is there.
-      prefetch_l1(v_scales_at(block) + threadIdx.x % (kHeadDim / 8));
+      const uint4* v_scales = v_scales_at(block);
+      prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
       wgmma_wait<0>();
       pin(scores);
       Scaling z;
@@ -185,7 +181,7 @@ struct Consumer : ConsumerBase {
       pin(products);
       pin_first<kBlock / 8>(scores);
       release_block();
-      add_products(v_scales_at(block), unit);
+      add_products(v_scales, unit);
     }
   }
 
@@ -204,7 +200,7 @@ struct Consumer : ConsumerBase {
   }
 
   __device__ __forceinline__ void attend_tiles() {
-    while (begin()) attend();
+    for (int next = 0; begin(next); ++next) attend();
   }
 };
 

@@ -83,16 +83,20 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
     }
     if constexpr (!kHalfSums) return;
     if (elect_one()) s.is_last_round = index >= count_of_tiles(p);
+    __syncwarp();
     Phase phase = end_phase(s, kFirst);
     if (phase == kAgain) {
       for_each_overflown(s, [&](int again) {
-        tell_tile(s, turns, again);
+        tell_tile(s, turns, again, kAgain);
         feed_tile(p, s, ring, again, [] {});
       });
-      tell_tile(s, turns, kNoTile);
+      tell_tile(s, turns, kNoTile, kAgain);
       phase = end_phase(s, kAgain);
     }
-    if (phase == kEnd) return;
+    if (phase == kEnd) {
+      tell_tile(s, turns, kNoPhase);
+      return;
+    }
     clear_overflown(s);
     __syncwarp();
     tell_tile(s, turns, index);

@@ -4,7 +4,7 @@
 // and tells the scouts; they tell the consumers.
 //
 // With sums in fp16 a thread block takes its tiles in rounds. Those whose sums have overflown are computed again, with
-// sums in fp32, when a round ends: all warps go through them as noted in shared memory, in the order they were taken.
+// sums in fp32, when a round ends, in the order they were taken: the second phase of the round.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
@@ -23,22 +23,25 @@ __device__ __forceinline__ int take_tile(const Params& p, int index) {
   return grid_width() + __shfl_sync(~0u, taken, 0);
 }
 
-constexpr int kNoTile = -1;  // told where a round ends
+constexpr int kNoTile = -1;    // told in place of a tile where a phase ends
+constexpr int kNoPhase = -2;  // where no more begins
 
 // Tells the scouts of the tile of a turn. The producer's warp calls it.
-__device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index) {
+__device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index, Phase phase = kFirst) {
   mbarrier_wait(shared_address(&s.empty_tile[turns.stage]), turns.parity ^ 1);
   if (thread_index() % 32 == 0) {
     s.tiles[turns.stage] = index;
+    if constexpr (kHalfSums) s.phases[turns.stage] = phase;
     mbarrier_arrive(shared_address(&s.full_tile[turns.stage]));
   }
   turns.advance();
 }
 
-// The tile of a turn, as the producer has told. A scout's warp calls it.
-__device__ __forceinline__ int hear_tile(Shared& s, Ring<kTurns>& turns) {
+// The tile of a turn, as the producer has told, and its phase. A scout's warp calls it.
+__device__ __forceinline__ int hear_tile(Shared& s, Ring<kTurns>& turns, Phase& phase) {
   mbarrier_wait(shared_address(&s.full_tile[turns.stage]), turns.parity);
   const int index = static_cast<int>(uniform(s.tiles[turns.stage]));  // all lanes have read it
+  if constexpr (kHalfSums) phase = static_cast<Phase>(uniform(s.phases[turns.stage]));
   mbarrier_arrive_once(shared_address(&s.empty_tile[turns.stage]));
   turns.advance();
   return index;
@@ -51,9 +54,9 @@ __device__ __forceinline__ void tell_overflow(Shared& s, int place) {
   s.has_overflown = 1;
 }
 
-// All warps of the block come here at the end of a phase. Returns the one that follows.
+// The producer and the consumers come here at the end of a phase. Returns the one that follows.
 __device__ __forceinline__ Phase end_phase(const Shared& s, Phase phase) {
-  auto wait_for_all = [] { named_barrier(kGroups + 1, kThreads); };
+  auto wait_for_all = [] { named_barrier(kGroups + 1, 128 * kGroups + 32); };
   wait_for_all();
   if (phase == kFirst && uniform(s.has_overflown) != 0) return kAgain;
   if (uniform(s.is_last_round) != 0) return kEnd;
@@ -65,11 +68,9 @@ __device__ __forceinline__ Phase end_phase(const Shared& s, Phase phase) {
 template <typename F>
 __device__ __forceinline__ void for_each_overflown(const Shared& s, F f) {
 #pragma unroll 1
-  for (int word = 0; word < kRoundTiles / 32; ++word) {
-#pragma unroll 1
-    for (uint32_t bits = uniform(s.overflown[word]); bits != 0; bits &= bits - 1) {
-      f(static_cast<int>(uniform(s.taken[32 * word + __ffs(static_cast<int>(bits)) - 1])));
-    }
+  for (int place = 0; place < kRoundTiles; ++place) {
+    const bool again = uniform(s.overflown[place / 32]) >> place % 32 & 1;
+    if (again) f(static_cast<int>(uniform(s.taken[place])));
   }
 }
 

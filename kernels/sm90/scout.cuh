@@ -71,17 +71,16 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
   int place = 0;  // in the round
 #pragma unroll 1
   for (int turn = 0;; ++turn, ++place) {
-    const int index = hear_tile(s, turns);
+    const int index = hear_tile(s, turns, phase);
+    if (kHalfSums && index == kNoPhase) return;
     Task& task = s.tasks[group][turn & 1];
     // The group has read the queries of the tile before, and is done with the one before that.
     mbarrier_wait(shared_address(&s.empty_q[group]), turn & 1 ^ 1);
     if (index == kNoTile) {
-      if (writes) task.head = -1, task.phase = phase;
+      if (writes) task.head = -1, task.set_round(0, phase, 0);
       mbarrier_arrive(full);
       if (writes) mbarrier_arrive(full);
       if constexpr (!kHalfSums) return;
-      phase = end_phase(s, phase);
-      if (phase == kEnd) return;
       place = -1;
       continue;
     }
@@ -93,8 +92,7 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
     if constexpr (kBounded) k_norm = largest_norm(load_prerequisite(norm_slot(p.k_norm, tile.head / p.group)));
     if (writes) {
       write_task(p, tile, group, k_norm, task);
-      task.place = place, task.phase = phase;
-      task.in_half = phase == kFirst && task.end - task.begin <= kHalfBlocks;
+      task.set_round(place, phase, task.end - task.begin);
       mbarrier_arrive(full);
     }
   }

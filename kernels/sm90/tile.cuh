@@ -106,8 +106,30 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
 // Of a round (queue.cuh): its tiles, and some of them again.
 enum Phase { kFirst, kAgain, kEnd };
 
+// Where a task stands in a round, if there are rounds.
+template <bool kRounds>
+struct RoundOfTask {
+  __device__ __forceinline__ void set_round(int, Phase, int) {}
+  __device__ __forceinline__ int place() const { return 0; }
+  __device__ __forceinline__ Phase phase() const { return kFirst; }
+  __device__ __forceinline__ int in_half() const { return 0; }
+};
+template <>
+struct RoundOfTask<true> {
+  int place_;  // of the tile in the round
+  Phase phase_;
+  int in_half_;  // P V is summed in fp16
+
+  __device__ __forceinline__ void set_round(int place, Phase phase, int blocks) {
+    place_ = place, phase_ = phase, in_half_ = phase == kFirst && blocks <= kHalfBlocks;
+  }
+  __device__ __forceinline__ int place() const { return place_; }
+  __device__ __forceinline__ Phase phase() const { return phase_; }
+  __device__ __forceinline__ int in_half() const { return in_half_; }
+};
+
 // What a consumer warpgroup has to do at a tile.
-struct Task {
+struct Task : RoundOfTask<kHalfSums> {
   int head;  // below 0: the round has no more tiles
   int head_kv;
   int row;      // its first query
@@ -116,9 +138,6 @@ struct Task {
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
-  int place;            // of the tile in the round
-  int in_half;  // P V is summed in fp16
-  Phase phase;
   float k_norm;         // of the head's keys, the largest
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
@@ -141,8 +160,9 @@ struct Shared {
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
   Task tasks[kGroups][2];  // of this tile and the next one, in turns
-  uint8_t turns[128 * kGroups];  // which of them is each thread's
+  uint8_t turns[kHalfSums ? 128 * kGroups : 1];  // which of them is each thread's: registers are short
   int tiles[kTurns];       // what the producer has taken (queue.cuh)
+  Phase phases[kTurns];
   int taken[kHalfSums ? kRoundTiles : 1];                // in this round
   uint32_t overflown[kHalfSums ? kRoundTiles / 32 : 1];  // which of these are to be computed again, a bit each
   int has_overflown, is_last_round;
