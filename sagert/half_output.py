@@ -10,6 +10,7 @@ from torch import Tensor
 
 LOG2_P = math.log2(112.0)  # at a row's maximum, as long as P has not been scaled down
 LARGEST_SUM, SUM_EXPONENT = 16384.0, 12  # of P where it is looked at, and the exponent of a larger one, scaled down
+SETTLE_BLOCKS = 32
 LARGEST_BLOCKS = 256  # that are summed in fp16
 STEP = 32  # keys whose products are added at a time
 
@@ -24,12 +25,13 @@ class HalfOutput:
 
     def __init__(self, like: Tensor) -> None:
         """`like`: a tensor of O's shape."""
-        self.output = torch.zeros_like(like)
+        self.recent, self.settled = torch.zeros_like(like), torch.zeros_like(like)
         self.sums = torch.zeros_like(like[..., :1])
         self.visited = torch.zeros_like(self.sums)  # blocks
 
     def _scale(self, factor: Tensor) -> None:
-        self.output, self.sums = half(self.output * factor), self.sums * factor
+        self.recent, self.settled = half(self.recent * factor), half(self.settled * factor)
+        self.sums = self.sums * factor
 
     def add(self, alpha: Tensor, p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         """Scales by alpha [N, rows, 1] and adds p [N, rows, keys] @ v [N, keys, Dv], a block of keys.
@@ -41,17 +43,27 @@ class HalfOutput:
         total = torch.zeros_like(self.sums)
         for start in range(0, p.shape[2], STEP):
             keys = slice(start, start + STEP)
-            self.output = half(self.output + p[:, :, keys] @ v[:, keys])
+            self.recent = half(self.recent + p[:, :, keys] @ v[:, keys])
             total = half(total + p[:, :, keys].sum(-1, keepdim=True))
         self.sums = self.sums + total
         self.visited = self.visited + seen
         early = (self.visited == 1) | (self.visited == 4) | (self.visited == 16)
-        looked_at = early | ((self.visited > 0) & (self.visited % 32 == 0))
+        settles = (self.visited > 0) & (self.visited % SETTLE_BLOCKS == 0)
+        looked_at = early | settles
         beyond = looked_at & (self.sums > LARGEST_SUM)
         steps = torch.where(beyond, torch.frexp(self.sums).exponent - 1.0 - SUM_EXPONENT, 0.0)
         self._scale(torch.exp2(-steps))
+        if settles.any():
+            after = half(self.settled + self.recent)
+            rest = half(self.recent - half(after - self.settled))
+            self.settled = torch.where(settles, after, self.settled)
+            self.recent = torch.where(settles, rest, self.recent)
         return steps
+
+    def output(self) -> Tensor:
+        """O in fp32."""
+        return self.settled + self.recent
 
     def overflown(self) -> Tensor:
         """Rows that the kernel sums in fp32: those that have left fp16's range, and long ones. Bool [N, rows, 1]."""
-        return ~self.output.isfinite().all(-1, keepdim=True) | (self.visited > LARGEST_BLOCKS)
+        return ~self.recent.isfinite().all(-1, keepdim=True) | (self.visited > LARGEST_BLOCKS)

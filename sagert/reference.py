@@ -239,7 +239,7 @@ def _heads(
             negative = negative + visible.float() @ kv.negative[:, keys].float()
         m = m_new
     if half is not None:
-        acc, rounded = half.output, half.sums
+        acc, rounded = half.output(), half.sums
     # Where the tensor core sums P, it is as P is rounded.
     sums_rounded = integer or (recipe.family == "wgmma" and (fp8 or q.shape[2] <= 64))
     out = acc / (rounded if sums_rounded else total)

@@ -24,8 +24,7 @@ constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
 constexpr bool kWall = kHeadDim == 128 && (kV == V::kIo || EXACT_LSE);
-// Where they are shorter still, the queries' scales stay in shared memory unless sums are in fp16, and a row has one sum
-// of exponentials.
+// Where they are shorter still, the queries' scales stay in shared memory, and a row has one sum of exponentials.
 constexpr bool kScalesInShared = kHeadDim == 128 && kV == V::kFp8;
 constexpr int kSums = kHeadDim == 128 && kV == V::kFp8 && EXACT_LSE ? 1 : 2;
 
@@ -75,7 +74,7 @@ struct Consumer : ConsumerBase {
 
   template <bool kHalf>
   __device__ __forceinline__ float scale_of_row(int r) const {
-    return kScalesInShared && !kHalf ? s.q_scale[row() + 8 * r] : q_scale[r];
+    return kScalesInShared && (!kHalf || EXACT_LSE) ? s.q_scale[row() + 8 * r] : q_scale[r];
   }
 
   __device__ __forceinline__ float bound_of_row(int r) const { return s.q_bound[row() + 8 * r]; }
@@ -311,7 +310,7 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
 #pragma unroll 1
     for (; block >= stop; --block) {
-      const float k_scale = kScalesInShared && !kHalf ? k_scale_at(block) : next_k_scale();
+      const float k_scale = kScalesInShared && (!kHalf || EXACT_LSE) ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);
@@ -354,8 +353,9 @@ struct Consumer : ConsumerBase {
       attend_run<kHalf>(block, static_cast<int>(uniform(max(begin, block + 1 + seen - next))), masked);
       if (block < begin) break;
       seen = next;
-      next = seen < 32 ? min(4 * seen, seen + 16) : seen + 32;
+      next = seen < kSettleBlocks ? min(4 * seen, seen + 16) : seen + kSettleBlocks;
       bound_sums();
+      if (seen % kSettleBlocks == 0) half.settle();
     }
     if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place());
     half.read(o);

@@ -17,12 +17,18 @@ namespace sagert {
 constexpr float kLargestSum = 16384.f;
 constexpr int kSumExponent = 12;  // of a larger one, scaled down
 
+// Additions round to 11 bits, and equal ones in a row may all round the same way. What kSettleBlocks blocks have added
+// is moved to other registers, except what rounding leaves of it, so that the sums stay small beside what is added.
+constexpr int kSettleBlocks = 32;
+
 struct HalfSums {
   // Pairs of channels 8 j + 2 quad + {0, 1}: 2 j + r is row r's. The last ones are the sums of P in a block.
   uint32_t sums[kHeadDim / 4 + kOnes / 4];
+  uint32_t settled[kHeadDim / 4];
 
   __device__ __forceinline__ void clear() {
     for (uint32_t& x : sums) x = 0;
+    for (uint32_t& x : settled) x = 0;
   }
 
   // Scales row r by `factor`, rounded to fp16; returns what that is.
@@ -30,6 +36,8 @@ struct HalfSums {
     const uint32_t rounded = ptx::to_fp16x2(factor, factor);
 #pragma unroll
     for (int i = r; i < kHeadDim / 4; i += 2) sums[i] = ptx::half2_multiply(sums[i], rounded);
+#pragma unroll
+    for (int i = r; i < kHeadDim / 4; i += 2) settled[i] = ptx::half2_multiply(settled[i], rounded);
     return ptx::half2_low(rounded);
   }
 
@@ -38,6 +46,15 @@ struct HalfSums {
     const float sum = ptx::half2_low(sums[kHeadDim / 4 + r]);
     sums[kHeadDim / 4 + r] = 0;
     return sum;
+  }
+
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) {
+      const uint32_t before = settled[i];
+      settled[i] = ptx::half2_add(before, sums[i]);
+      sums[i] = ptx::half2_subtract(sums[i], ptx::half2_subtract(settled[i], before));
+    }
   }
 
   // Has a sum left fp16's range?
@@ -53,8 +70,8 @@ struct HalfSums {
   __device__ __forceinline__ void read(float (&o)[n]) const {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) {
-      o[2 * i] = ptx::half2_low(sums[i]);
-      o[2 * i + 1] = ptx::half2_high(sums[i]);
+      o[2 * i] = ptx::half2_low(sums[i]) + ptx::half2_low(settled[i]);
+      o[2 * i + 1] = ptx::half2_high(sums[i]) + ptx::half2_high(settled[i]);
     }
   }
 };

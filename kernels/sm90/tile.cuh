@@ -32,7 +32,7 @@ constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
 // it is slower without them.
 constexpr bool kBounded = kNormsOfK && kHeadDim == 64;
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
-// Every addition rounds to 11 bits: over more blocks than these the error would add to that of e4m3.
+// Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.

@@ -97,6 +97,7 @@ def test_constants_are_the_kernels():
 
     assert constant("kLargestSum") == half_output.LARGEST_SUM
     assert constant("kSumExponent") == half_output.SUM_EXPONENT
+    assert constant("kSettleBlocks") == half_output.SETTLE_BLOCKS
     assert constant("kHalfBlocks") == half_output.LARGEST_BLOCKS
     consumer = (KERNELS / "consumer.cuh").read_text()
     less = float(re.search(r"kHalfAtMaximum = kAtMaximum - ([\d.]+)f;", consumer)[1])
