@@ -4,8 +4,8 @@
 //
 // fp16 ends at 65504. The pre-pass scales V so that its root mean square is 1 to 2, P is 112 at a row's maximum, and a
 // row whose sum of P exceeds kLargestSum when it is looked at has P scaled down from there on, which costs no precision
-// where that many keys count. Nearly all rows stay far below the end; where a sum has left it the tile is computed again
-// with sums in fp32 (queue.cuh): infinities and NaN stay in a sum, so that none is overlooked.
+// where that many keys count. Nearly all rows stay far below the end; where a sum has left it the tile is computed
+// again with sums in fp32 (queue.cuh): infinities and NaN stay in a sum, so that none is overlooked.
 #pragma once
 
 #include "ptx/half2.cuh"

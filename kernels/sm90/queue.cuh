@@ -23,7 +23,7 @@ __device__ __forceinline__ int take_tile(const Params& p, int index) {
   return grid_width() + __shfl_sync(~0u, taken, 0);
 }
 
-constexpr int kNoTile = -1;    // told in place of a tile where a phase ends
+constexpr int kNoTile = -1;   // told in place of a tile where a phase ends
 constexpr int kNoPhase = -2;  // where no more begins
 
 // Tells the scouts of the tile of a turn. The producer's warp calls it.

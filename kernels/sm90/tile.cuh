@@ -159,9 +159,9 @@ struct Shared {
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
-  Task tasks[kGroups][2];  // of this tile and the next one, in turns
+  Task tasks[kGroups][2];                        // of this tile and the next one, in turns
   uint8_t turns[kHalfSums ? 128 * kGroups : 1];  // which of them is each thread's: registers are short
-  int tiles[kTurns];       // what the producer has taken (queue.cuh)
+  int tiles[kTurns];                             // what the producer has taken (queue.cuh)
   Phase phases[kTurns];
   int taken[kHalfSums ? kRoundTiles : 1];                // in this round
   uint32_t overflown[kHalfSums ? kRoundTiles / 32 : 1];  // which of these are to be computed again, a bit each

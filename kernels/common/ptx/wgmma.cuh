@@ -132,14 +132,14 @@ SAGERT_WGMMA_U8S8(128, 64, 64, 65, 66, 67, 68, 69)
 // D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D in fp32 is kept with about 14 bits. D in fp16 is
 // rounded to nearest for each K; d[2 j] are columns 8 j + 2 (t % 4) + 0, 1 of the first row, d[2 j + 1] those of the
 // second.
-#define SAGERT_WGMMA_E4M3(type, sums, constraint, columns, count, a0, a1, a2, a3, b0, flag)                   \
-  __device__ __forceinline__ void wgmma_e4m3(type (&d)[count], const uint32_t* a, uint64_t b) {               \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                   \
-                 ", 0;\n"                                                                                     \
+#define SAGERT_WGMMA_E4M3(type, sums, constraint, columns, count, a0, a1, a2, a3, b0, flag)                    \
+  __device__ __forceinline__ void wgmma_e4m3(type(&d)[count], const uint32_t* a, uint64_t b) {                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                                    \
+                 ", 0;\n"                                                                                      \
                  "wgmma.mma_async.sync.aligned.m64n" #columns "k32." sums ".e4m3.e4m3 {" SAGERT_WGMMA_D##count \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1;\n}\n"                       \
-                 : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                               \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p, 1, 1;\n}\n"                        \
+                 : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(1));                                \
   }
 
 SAGERT_WGMMA_E4M3(float, "f32", SAGERT_ACC_F, 72, 36, 36, 37, 38, 39, 40, 41)
