@@ -8,16 +8,24 @@ import math
 import torch
 from torch import Tensor
 
+HALF_KEYS = {"fp16": 16, "fp8": 32}  # whose products a tensor-core instruction adds to a sum in fp16, by V's type
 LOG2_P = math.log2(112.0)  # at a row's maximum, as long as P has not been scaled down
 LARGEST_SUM, SUM_EXPONENT = 16384.0, 12  # of P where it is looked at, and the exponent of a larger one, scaled down
 SETTLE_BLOCKS = 32
 LARGEST_BLOCKS = 256  # that are summed in fp16
-STEP = 32  # keys whose products are added at a time
 
 
 def half(x: Tensor) -> Tensor:
     """Rounded to fp16, held in fp32."""
     return x.to(torch.float16).float()
+
+
+def add_products(total: Tensor, p: Tensor, v: Tensor, keys: int) -> Tensor:
+    """total + p @ v as the tensor core sums in fp16: rounded after the products of every `keys` keys."""
+    for start in range(0, p.shape[2], keys):
+        part = slice(start, start + keys)
+        total = half(total + p[:, :, part] @ v[:, part])
+    return total
 
 
 class HalfOutput:
@@ -40,12 +48,9 @@ class HalfOutput:
         octaves P is smaller from now on [N, rows, 1]: O and its sums are already.
         """
         self._scale(half(alpha))
-        total = torch.zeros_like(self.sums)
-        for start in range(0, p.shape[2], STEP):
-            keys = slice(start, start + STEP)
-            self.recent = half(self.recent + p[:, :, keys] @ v[:, keys])
-            total = half(total + p[:, :, keys].sum(-1, keepdim=True))
-        self.sums = self.sums + total
+        self.recent = add_products(self.recent, p, v, HALF_KEYS["fp8"])
+        ones = torch.ones_like(v[..., :1])  # the tensor core adds P up beside P V
+        self.sums = self.sums + add_products(torch.zeros_like(self.sums), p, ones, HALF_KEYS["fp8"])
         self.visited = self.visited + seen
         early = (self.visited == 1) | (self.visited == 4) | (self.visited == 16)
         settles = (self.visited > 0) & (self.visited % SETTLE_BLOCKS == 0)

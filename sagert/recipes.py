@@ -37,7 +37,6 @@ TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
-HALF_KEYS = {"fp16": 16, "fp8": 32}  # whose products a tensor-core instruction adds to a sum in fp16, by V's type
 
 
 class Recipe(NamedTuple):

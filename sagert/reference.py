@@ -17,10 +17,9 @@ from torch import Tensor
 from sagert.exact import error_metrics as error_metrics
 from sagert.exact import exact_attention as exact_attention
 from sagert.exponential import exp2_half, is_half
+from sagert.half_output import HALF_KEYS, HalfOutput, add_products
 from sagert.half_output import LOG2_P as HALF_OUTPUT_LOG2_P
-from sagert.half_output import HalfOutput
 from sagert.recipes import (
-    HALF_KEYS,
     LOG2E,
     KeyValues,
     Recipe,
@@ -138,15 +137,6 @@ def _weigh_bytes(scores: Tensor, highest: Tensor) -> Tensor:
     return 255.0 * torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
 
 
-def _half_sums(p: Tensor, v: Tensor, keys: int) -> Tensor:
-    """p @ v as the tensor core sums in fp16: rounded after the products of every `keys` keys."""
-    total = p.new_zeros(*p.shape[:2], v.shape[2])
-    for start in range(0, p.shape[2], keys):
-        part = slice(start, start + keys)
-        total = (total + p[:, :, part] @ v[:, part]).to(torch.float16).float()
-    return total
-
-
 def _heads(
     q: Tensor,
     kv: KeyValues,
@@ -231,8 +221,9 @@ def _heads(
                 steps = half.add(alpha, p, kv.v[:, keys], sees)
                 m_new, total = m_new + steps, total * torch.exp2(-steps)
             else:
+                v = kv.v[:, keys]
                 half_sums = recipe.half_sums
-                products = _half_sums(p, kv.v[:, keys], HALF_KEYS[recipe.pv]) if half_sums else p @ kv.v[:, keys]
+                products = add_products(torch.zeros_like(acc), p, v, HALF_KEYS[recipe.pv]) if half_sums else p @ v
                 acc = acc * alpha + products
         if kv.positive is not None and kv.negative is not None:
             positive = positive + visible.float() @ kv.positive[:, keys].float()

@@ -17,6 +17,8 @@ constexpr float kAtMaximum = kV == V::kIo ? 8.f : 8.807354922057604f;
 constexpr float kMargin = kV == V::kIo ? 6.f : 0x1p-8f;
 constexpr float kLargest = kAtMaximum + kMargin;
 constexpr float kHalfAtMaximum = kAtMaximum - 2.f;  // with sums in fp16
+template <bool kHalf>
+constexpr float kLimit = kHalf ? kHalfAtMaximum + kMargin : kLargest;
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
@@ -24,9 +26,11 @@ constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
 constexpr bool kWall = kHeadDim == 128 && (kV == V::kIo || EXACT_LSE);
-// Where they are shorter still, the queries' scales stay in shared memory, and a row has one sum of exponentials.
-constexpr bool kScalesInShared = kHeadDim == 128 && kV == V::kFp8;
-constexpr int kSums = kHeadDim == 128 && kV == V::kFp8 && EXACT_LSE ? 1 : 2;
+// Where they are shorter still, the queries' scales stay in shared memory, K's scales have no pointer that stays, and a
+// row has one sum of exponentials.
+template <bool kHalf>
+constexpr bool kFewRegisters = kHeadDim == 128 && kV == V::kFp8 && (!kHalf || EXACT_LSE);
+constexpr int kSums = kFewRegisters<true> ? 1 : 2;
 
 template <int count>
 __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, uint64_t b) {
@@ -43,7 +47,7 @@ struct Consumer : ConsumerBase {
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
   HalfSums half;         // kHalfSums: of P V, in place of o, which they are brought to
   float b[2];            // exponents are c * score + b: -b is the maximum that the sums and O refer to
-  float q_scale[2];      // of the rows
+  float q_scale[2];      // unless kFewRegisters
   float sum[2 * kSums];  // kExactSums: of the exponentials, kSums for each row
   uint32_t pair_sum[2];  // kExactSums: of those in fp16, in one block
 
@@ -74,7 +78,7 @@ struct Consumer : ConsumerBase {
 
   template <bool kHalf>
   __device__ __forceinline__ float scale_of_row(int r) const {
-    return kScalesInShared && (!kHalf || EXACT_LSE) ? s.q_scale[row() + 8 * r] : q_scale[r];
+    return kFewRegisters<kHalf> ? s.q_scale[row() + 8 * r] : q_scale[r];
   }
 
   __device__ __forceinline__ float bound_of_row(int r) const { return s.q_bound[row() + 8 * r]; }
@@ -97,14 +101,13 @@ struct Consumer : ConsumerBase {
   // whether a maximum has moved.
   template <bool kHalf>
   __device__ __forceinline__ bool reduce(float (&c)[2], float k_scale) {
-    constexpr float limit = kHalf ? kHalfAtMaximum + kMargin : kLargest;
     float top[2];
     set_scales<kHalf>(c, k_scale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       top[r] = static_cast<float>(row_top(scores, r));
     }
-    const bool within = fmaf(top[0], c[0], b[0]) <= limit && fmaf(top[1], c[1], b[1]) <= limit;
+    const bool within = fmaf(top[0], c[0], b[0]) <= kLimit<kHalf> && fmaf(top[1], c[1], b[1]) <= kLimit<kHalf>;
     if (!__any_sync(~0u, !within)) return false;
     if constexpr (kHalf) {
       advance_maxima(top, c);
@@ -122,7 +125,7 @@ struct Consumer : ConsumerBase {
     for (int r = 0; r < 2; ++r) x[r] = quad_max(top[r] * c[r]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const float next = x[r] + b[r] <= kHalfAtMaximum + kMargin ? b[r] : kHalfAtMaximum - x[r];
+      const float next = x[r] + b[r] <= kLimit<true> ? b[r] : kHalfAtMaximum - x[r];
       alpha[r] = exp2_approx(next - b[r]);
       b[r] = next;
     }
@@ -133,12 +136,12 @@ struct Consumer : ConsumerBase {
   // x: the thread's largest score of a row, scaled.
   template <bool kHalf>
   __device__ __forceinline__ void advance_maximum(int r, float x) {
-    constexpr float at_maximum = kHalf ? kHalfAtMaximum : kAtMaximum, limit = at_maximum + kMargin;
-    if (__all_sync(~0u, x + b[r] <= limit)) return;
+    constexpr float at_maximum = kHalf ? kHalfAtMaximum : kAtMaximum;
+    if (__all_sync(~0u, x + b[r] <= kLimit<kHalf>)) return;
     const float top = quad_max(x);
     float next = b[r];
-    if (!(top + b[r] <= limit)) {
-      next = kBounded ? bounded_offset(top, bound_of_row(r), at_maximum, limit) : at_maximum - top;
+    if (!(top + b[r] <= kLimit<kHalf>)) {
+      next = kBounded ? bounded_offset(top, bound_of_row(r), at_maximum, kLimit<kHalf>) : at_maximum - top;
     }
     const float alpha = exp2_approx(next - b[r]);
     const bool first = __all_sync(~0u, b[r] == -kLowest);  // O is zero
@@ -310,7 +313,7 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
 #pragma unroll 1
     for (; block >= stop; --block) {
-      const float k_scale = kScalesInShared && (!kHalf || EXACT_LSE) ? k_scale_at(block) : next_k_scale();
+      const float k_scale = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
       wgmma_wait<0>();
       pin(scores);

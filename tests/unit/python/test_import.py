@@ -18,6 +18,7 @@ LAYERS = {
     "codes": 1,
     "visibility": 1,
     "exponential": 1,
+    "half_output": 1,
     "quantize": 1,
     "kv": 1,
     "settings": 2,
