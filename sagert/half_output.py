@@ -35,10 +35,12 @@ class HalfOutput:
         """`like`: a tensor of O's shape."""
         self.recent, self.settled = torch.zeros_like(like), torch.zeros_like(like)
         self.sums = torch.zeros_like(like[..., :1])
+        self.factor = torch.ones_like(self.sums)  # what `settled` is to be multiplied by
         self.visited = torch.zeros_like(self.sums)  # blocks
 
     def _scale(self, factor: Tensor) -> None:
-        self.recent, self.settled = half(self.recent * factor), half(self.settled * factor)
+        self.recent = half(self.recent * factor)
+        self.factor = self.factor * factor
         self.sums = self.sums * factor
 
     def add(self, alpha: Tensor, p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
@@ -59,15 +61,17 @@ class HalfOutput:
         steps = torch.where(beyond, torch.frexp(self.sums).exponent - 1.0 - SUM_EXPONENT, 0.0)
         self._scale(torch.exp2(-steps))
         if settles.any():
-            after = half(self.settled + self.recent)
-            rest = half(self.recent - half(after - self.settled))
+            before = half(self.settled * half(self.factor))
+            after = half(before + self.recent)
+            rest = half(self.recent - half(after - before))
+            self.factor = torch.where(settles, 1.0, self.factor)
             self.settled = torch.where(settles, after, self.settled)
             self.recent = torch.where(settles, rest, self.recent)
         return steps
 
     def output(self) -> Tensor:
         """O in fp32."""
-        return self.settled + self.recent
+        return self.settled * self.factor + self.recent
 
     def overflown(self) -> Tensor:
         """Rows that the kernel sums in fp32: those that have left fp16's range, and long ones. Bool [N, rows, 1]."""

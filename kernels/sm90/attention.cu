@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     for (int i = 0; i < kGroups; ++i) {
       mbarrier_init(shared_address(&s.full_q[i]), kScoutArrivals);
       mbarrier_init(shared_address(&s.empty_q[i]), 4);
+      if constexpr (kHalfSums) mbarrier_init(shared_address(&s.empty_sums[i]), 4);
     }
     for (int i = 0; i < kTurns; ++i) {
       mbarrier_init(shared_address(&s.full_tile[i]), 1);

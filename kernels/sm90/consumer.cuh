@@ -358,10 +358,10 @@ struct Consumer : ConsumerBase {
       seen = next;
       next = seen < kSettleBlocks ? min(4 * seen, seen + 16) : seen + kSettleBlocks;
       bound_sums();
-      if (seen % kSettleBlocks == 0) half.settle();
+      if (seen % kSettleBlocks == 0) half.settle(s, seen == kSettleBlocks);
     }
     if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place());
-    half.read(o);
+    half.read(o, s, seen >= kSettleBlocks);
   }
 
   __device__ __forceinline__ void attend() {
@@ -374,6 +374,7 @@ struct Consumer : ConsumerBase {
     } else {
       attend_blocks<false>();
     }
+    if constexpr (kHalfSums) free_sums();
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -383,16 +384,14 @@ struct Consumer : ConsumerBase {
     write({-b[0], -b[1]}, total);
   }
 
+  // Next queries may take the room of the settled sums.
+  __device__ __forceinline__ void free_sums() {
+    __syncwarp();
+    mbarrier_arrive_once(shared_address(&s.empty_sums[thread_index() / 128 - 1]));
+  }
+
   __device__ __forceinline__ void attend_tiles() {
-    if constexpr (!kHalfSums) {
-      for (int next = 0; begin(next); ++next) attend();
-      return;
-    }
-#pragma unroll 1
-    do {
-#pragma unroll 1
-      while (begin(0)) attend();
-    } while (end_phase(s, static_cast<Phase>(uniform(task().phase()))) != kEnd);
+    for (int next = 0; begin(next); ++next) attend();
   }
 };
 

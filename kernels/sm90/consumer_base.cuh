@@ -176,17 +176,20 @@ struct ConsumerBase {
     }
   }
 
-  // Takes the next tile of the round, if there is one; `next` counts them, unless kHalfSums.
+  // Takes the next tile, if there is one; `next` counts them, unless kHalfSums.
   __device__ __forceinline__ bool begin(int next) {
-    turn = kHalfSums ? s.turns[thread_index() - 128] ^= 1 : next;
     const int group = thread_index() / 128 - 1;
-    mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
-    const bool ends = static_cast<int>(uniform(task().head)) < 0;
-    if (!kHalfSums && ends) return false;  // for good
-    if (!ends) quantize_queries();
-    __syncwarp();  // one lane arrives for what all of them have read
-    mbarrier_arrive_once(shared_address(&s.empty_q[group]));
-    if (ends) return false;
+    int head;
+#pragma unroll 1
+    do {
+      turn = kHalfSums ? s.turns[thread_index() - 128] ^= 1 : next;
+      mbarrier_wait(shared_address(&s.full_q[group]), turn & 1);
+      head = static_cast<int>(uniform(task().head));
+      if (head == kEnd) return false;
+      if (!kHalfSums || head != kEndOfRound) quantize_queries();
+      __syncwarp();  // one lane arrives for what all of them have read
+      mbarrier_arrive_once(shared_address(&s.empty_q[group]));
+    } while (kHalfSums && head == kEndOfRound);
     fence_async_shared();
     named_barrier(group + 1, 128);
     q_operand = uniform_operand(descriptor<kHeadDim>(shared_address(&s.q[group * 64 * kHeadDim])));

@@ -18,27 +18,32 @@ constexpr float kLargestSum = 16384.f;
 constexpr int kSumExponent = 12;  // of a larger one, scaled down
 
 // Additions round to 11 bits, and equal ones in a row may all round the same way. What kSettleBlocks blocks have added
-// is moved to other registers, except what rounding leaves of it, so that the sums stay small beside what is added.
-constexpr int kSettleBlocks = 32;
-
+// is moved to other sums, except what rounding leaves of it, so that the sums stay small beside what is added. The
+// settled ones would take too many registers: they lie where the next tile's queries go, which wait for it.
 struct HalfSums {
   // Pairs of channels 8 j + 2 quad + {0, 1}: 2 j + r is row r's. The last ones are the sums of P in a block.
   uint32_t sums[kHeadDim / 4 + kOnes / 4];
-  uint32_t settled[kHeadDim / 4];
+  float factor[2];  // what each row's settled sums are to be multiplied by
 
   __device__ __forceinline__ void clear() {
     for (uint32_t& x : sums) x = 0;
-    for (uint32_t& x : settled) x = 0;
+    factor[0] = factor[1] = 1.f;
   }
 
-  // Scales row r by `factor`, rounded to fp16; returns what that is.
-  __device__ __forceinline__ float scale(int r, float factor) {
-    const uint32_t rounded = ptx::to_fp16x2(factor, factor);
+  // This thread's settled sums are every 128th word from here on.
+  static __device__ __forceinline__ uint32_t* settled(Shared& s) {
+    const uint32_t thread = thread_index() - 128;
+    return reinterpret_cast<uint32_t*>(s.raw) + thread / 128 * (kHeadDim / 4 * 128) + thread % 128;
+  }
+
+  // Scales row r by `by`, rounded to fp16; returns what that is.
+  __device__ __forceinline__ float scale(int r, float by) {
+    const uint32_t rounded = ptx::to_fp16x2(by, by);
 #pragma unroll
     for (int i = r; i < kHeadDim / 4; i += 2) sums[i] = ptx::half2_multiply(sums[i], rounded);
-#pragma unroll
-    for (int i = r; i < kHeadDim / 4; i += 2) settled[i] = ptx::half2_multiply(settled[i], rounded);
-    return ptx::half2_low(rounded);
+    const float scaled_by = ptx::half2_low(rounded);
+    factor[r] *= scaled_by;
+    return scaled_by;
   }
 
   // The sum of P of row r in the last block, cleared for the next one.
@@ -48,13 +53,20 @@ struct HalfSums {
     return sum;
   }
 
-  __device__ __forceinline__ void settle() {
+  // `first`: none are settled yet.
+  __device__ __forceinline__ void settle(Shared& s, bool first) {
+    uint32_t* words = settled(s);
+    uint32_t factors[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) factors[r] = ptx::to_fp16x2(factor[r], factor[r]);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) {
-      const uint32_t before = settled[i];
-      settled[i] = ptx::half2_add(before, sums[i]);
-      sums[i] = ptx::half2_subtract(sums[i], ptx::half2_subtract(settled[i], before));
+      const uint32_t before = first ? 0 : ptx::half2_multiply(words[128 * i], factors[i % 2]);
+      const uint32_t after = ptx::half2_add(before, sums[i]);
+      sums[i] = ptx::half2_subtract(sums[i], ptx::half2_subtract(after, before));
+      words[128 * i] = after;
     }
+    factor[0] = factor[1] = 1.f;
   }
 
   // Has a sum left fp16's range?
@@ -67,11 +79,13 @@ struct HalfSums {
 
   // The sums in fp32.
   template <int n>
-  __device__ __forceinline__ void read(float (&o)[n]) const {
+  __device__ __forceinline__ void read(float (&o)[n], Shared& s, bool has_settled) const {
+    const uint32_t* words = settled(s);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) {
-      o[2 * i] = ptx::half2_low(sums[i]) + ptx::half2_low(settled[i]);
-      o[2 * i + 1] = ptx::half2_high(sums[i]) + ptx::half2_high(settled[i]);
+      const uint32_t before = has_settled ? words[128 * i] : 0;
+      o[2 * i] = fmaf(ptx::half2_low(before), factor[i % 2], ptx::half2_low(sums[i]));
+      o[2 * i + 1] = fmaf(ptx::half2_high(before), factor[i % 2], ptx::half2_high(sums[i]));
     }
   }
 };

@@ -67,7 +67,7 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
   Ring<kStages> ring;
   Ring<kTurns> turns;
   int index = blockIdx.x;
-  tell_tile(s, turns, index);
+  tell_tile(s, turns, index, 0);
   wait_for_prerequisites();  // behind that: the scouts' first queries do not come from the pre-pass
 #pragma unroll 1
   for (;;) {
@@ -78,28 +78,21 @@ __device__ __forceinline__ void feed_keys(const Params& p, Shared& s) {
       feed_tile(p, s, ring, index, [&] {
         index = take_tile(p, index);
         goes_on = index < count_of_tiles(p) && (!kHalfSums || place + 1 < kRoundTiles);
-        tell_tile(s, turns, goes_on ? index : kNoTile);
+        tell_tile(s, turns, goes_on ? index : kHalfSums ? kEndOfRound : kEnd, place + 1);
       });
     }
     if constexpr (!kHalfSums) return;
-    if (elect_one()) s.is_last_round = index >= count_of_tiles(p);
-    __syncwarp();
-    Phase phase = end_phase(s, kFirst);
-    if (phase == kAgain) {
-      for_each_overflown(s, [&](int again) {
-        tell_tile(s, turns, again, kAgain);
-        feed_tile(p, s, ring, again, [] {});
-      });
-      tell_tile(s, turns, kNoTile, kAgain);
-      phase = end_phase(s, kAgain);
-    }
-    if (phase == kEnd) {
-      tell_tile(s, turns, kNoPhase);
+    wait_for_answers(s, turns);
+    for_each_overflown(s, [&](int again) {
+      tell_tile(s, turns, again, kAgain);
+      feed_tile(p, s, ring, again, [] {});
+    });
+    if (index >= count_of_tiles(p)) {
+      tell_tile(s, turns, kEnd, 0);
       return;
     }
     clear_overflown(s);
-    __syncwarp();
-    tell_tile(s, turns, index);
+    tell_tile(s, turns, index, 0);
   }
 }
 

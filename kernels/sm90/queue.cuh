@@ -4,11 +4,10 @@
 // and tells the scouts; they tell the consumers.
 //
 // With sums in fp16 a thread block takes its tiles in rounds. Those whose sums have overflown are computed again, with
-// sums in fp32, when a round ends, in the order they were taken: the second phase of the round.
+// sums in fp32, when a round ends, in the order they were taken.
 #pragma once
 
 #include "ptx/mbarrier.cuh"
-#include "ptx/named_barrier.cuh"
 #include "tile.cuh"
 
 namespace sagert {
@@ -23,28 +22,33 @@ __device__ __forceinline__ int take_tile(const Params& p, int index) {
   return grid_width() + __shfl_sync(~0u, taken, 0);
 }
 
-constexpr int kNoTile = -1;   // told in place of a tile where a phase ends
-constexpr int kNoPhase = -2;  // where no more begins
-
-// Tells the scouts of the tile of a turn. The producer's warp calls it.
-__device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index, Phase phase = kFirst) {
+// Tells the scouts of the tile of a turn and of its place in the round. The producer's warp calls it.
+__device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index, int place) {
   mbarrier_wait(shared_address(&s.empty_tile[turns.stage]), turns.parity ^ 1);
   if (thread_index() % 32 == 0) {
     s.tiles[turns.stage] = index;
-    if constexpr (kHalfSums) s.phases[turns.stage] = phase;
+    if constexpr (kHalfSums) s.places[turns.stage] = place;
     mbarrier_arrive(shared_address(&s.full_tile[turns.stage]));
   }
   turns.advance();
 }
 
-// The tile of a turn, as the producer has told, and its phase. A scout's warp calls it.
-__device__ __forceinline__ int hear_tile(Shared& s, Ring<kTurns>& turns, Phase& phase) {
+// The tile of a turn, as the producer has told, and its place. A scout's warp calls it, and answer_tile() then.
+__device__ __forceinline__ int hear_tile(const Shared& s, const Ring<kTurns>& turns, int& place) {
   mbarrier_wait(shared_address(&s.full_tile[turns.stage]), turns.parity);
-  const int index = static_cast<int>(uniform(s.tiles[turns.stage]));  // all lanes have read it
-  if constexpr (kHalfSums) phase = static_cast<Phase>(uniform(s.phases[turns.stage]));
+  if constexpr (kHalfSums) place = static_cast<int>(uniform(s.places[turns.stage]));
+  return static_cast<int>(uniform(s.tiles[turns.stage]));  // all lanes have read it
+}
+
+__device__ __forceinline__ void answer_tile(Shared& s, Ring<kTurns>& turns) {
   mbarrier_arrive_once(shared_address(&s.empty_tile[turns.stage]));
   turns.advance();
-  return index;
+}
+
+// The scouts have answered what was told last: of the end of a round they do when their consumers have come to it.
+__device__ __forceinline__ void wait_for_answers(const Shared& s, Ring<kTurns> turns) {
+  turns.retreat();
+  mbarrier_wait(shared_address(&s.empty_tile[turns.stage]), turns.parity);
 }
 
 // The sums of the tile in this place of the round have overflown. All lanes of a warp call it.
@@ -54,19 +58,11 @@ __device__ __forceinline__ void tell_overflow(Shared& s, int place) {
   s.has_overflown = 1;
 }
 
-// The producer and the consumers come here at the end of a phase. Returns the one that follows.
-__device__ __forceinline__ Phase end_phase(const Shared& s, Phase phase) {
-  auto wait_for_all = [] { named_barrier(kGroups + 1, 128 * kGroups + 32); };
-  wait_for_all();
-  if (phase == kFirst && uniform(s.has_overflown) != 0) return kAgain;
-  if (uniform(s.is_last_round) != 0) return kEnd;
-  wait_for_all();  // what has been read above is not written earlier
-  return kFirst;
-}
-
-// The tiles of the round to be computed again. All lanes of a warp call it.
+// Calls `f` for the tiles of the round to be computed again. The producer's warp calls it, when the consumers have
+// ended the round.
 template <typename F>
 __device__ __forceinline__ void for_each_overflown(const Shared& s, F f) {
+  if (uniform(s.has_overflown) == 0) return;
 #pragma unroll 1
   for (int place = 0; place < kRoundTiles; ++place) {
     const bool again = uniform(s.overflown[place / 32]) >> place % 32 & 1;
@@ -74,10 +70,12 @@ __device__ __forceinline__ void for_each_overflown(const Shared& s, F f) {
   }
 }
 
-// For the next round.
+// For the next round. One warp calls it.
 __device__ __forceinline__ void clear_overflown(Shared& s) {
-  if (thread_index() % 32 < kRoundTiles / 32) s.overflown[thread_index() % 32] = 0;
-  s.has_overflown = 0;
+  const int lane = thread_index() % 32;
+  if (lane < kRoundTiles / 32) s.overflown[lane] = 0;
+  if (lane == 0) s.has_overflown = 0;
+  __syncwarp();
 }
 
 }  // namespace sagert

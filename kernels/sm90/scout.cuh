@@ -66,25 +66,29 @@ __device__ __forceinline__ void copy_queries(const Params& p, uint4* raw, int he
 __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
   const uint32_t full = shared_address(&s.full_q[group]);
   const bool writes = thread_index() % 32 == 0;
+  const uint32_t empty = shared_address(&s.empty_q[group]);
   Ring<kTurns> turns;
-  Phase phase = kFirst;
-  int place = 0;  // in the round
+  int place = 0;
+  int tiles = 0;          // that the group was told of
+  bool is_taken = false;  // the room for queries, by settled sums of the tile before
 #pragma unroll 1
-  for (int turn = 0;; ++turn, ++place) {
-    const int index = hear_tile(s, turns, phase);
-    if (kHalfSums && index == kNoPhase) return;
+  for (int turn = 0;; ++turn) {
+    const int index = hear_tile(s, turns, place);
+    if (!kHalfSums || index != kEndOfRound) answer_tile(s, turns);
     Task& task = s.tasks[group][turn & 1];
     // The group has read the queries of the tile before, and is done with the one before that.
-    mbarrier_wait(shared_address(&s.empty_q[group]), turn & 1 ^ 1);
-    if (index == kNoTile) {
-      if (writes) task.head = -1, task.set_round(0, phase, 0);
+    mbarrier_wait(empty, turn & 1 ^ 1);
+    if (index < 0) {
+      if (writes) task.head = index;
       mbarrier_arrive(full);
       if (writes) mbarrier_arrive(full);
-      if constexpr (!kHalfSums) return;
-      place = -1;
+      if (!kHalfSums || index == kEnd) return;
+      mbarrier_wait(empty, turn & 1);
+      answer_tile(s, turns);
       continue;
     }
     const Tile tile = tile_at(p, index);
+    if (kHalfSums && is_taken) mbarrier_wait(shared_address(&s.empty_sums[group]), tiles & 1 ^ 1);
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
@@ -92,9 +96,11 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
     if constexpr (kBounded) k_norm = largest_norm(load_prerequisite(norm_slot(p.k_norm, tile.head / p.group)));
     if (writes) {
       write_task(p, tile, group, k_norm, task);
-      task.set_round(place, phase, task.end - task.begin);
+      task.set_round(place, task.end - task.begin);
       mbarrier_arrive(full);
     }
+    is_taken = tile.end - tile.begin > kSettleBlocks;
+    ++tiles;
   }
 }
 

@@ -34,6 +34,7 @@ constexpr bool kBounded = kNormsOfK && kHeadDim == 64;
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
 // Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
+constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -103,34 +104,28 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   return tile;
 }
 
-// Of a round (queue.cuh): its tiles, and some of them again.
-enum Phase { kFirst, kAgain, kEnd };
-
-// Where a task stands in a round, if there are rounds.
+// Where a task stands in a round (queue.cuh), if there are rounds.
 template <bool kRounds>
 struct RoundOfTask {
-  __device__ __forceinline__ void set_round(int, Phase, int) {}
+  __device__ __forceinline__ void set_round(int, int) {}
   __device__ __forceinline__ int place() const { return 0; }
-  __device__ __forceinline__ Phase phase() const { return kFirst; }
   __device__ __forceinline__ int in_half() const { return 0; }
 };
 template <>
 struct RoundOfTask<true> {
-  int place_;  // of the tile in the round
-  Phase phase_;
+  int place_;    // of the tile in the round, or kAgain
   int in_half_;  // P V is summed in fp16
 
-  __device__ __forceinline__ void set_round(int place, Phase phase, int blocks) {
-    place_ = place, phase_ = phase, in_half_ = phase == kFirst && blocks <= kHalfBlocks;
+  __device__ __forceinline__ void set_round(int place, int blocks) {
+    place_ = place, in_half_ = place >= 0 && blocks <= kHalfBlocks;
   }
   __device__ __forceinline__ int place() const { return place_; }
-  __device__ __forceinline__ Phase phase() const { return phase_; }
   __device__ __forceinline__ int in_half() const { return in_half_; }
 };
 
 // What a consumer warpgroup has to do at a tile.
 struct Task : RoundOfTask<kHalfSums> {
-  int head;  // below 0: the round has no more tiles
+  int head;  // b * heads_q + h, or kEndOfRound or kEnd
   int head_kv;
   int row;      // its first query
   int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
@@ -143,6 +138,11 @@ struct Task : RoundOfTask<kHalfSums> {
   int64_t out;          // where the first query's row of the output is
 };
 
+// Told in place of a tile.
+constexpr int kEnd = -1;         // there are no more
+constexpr int kEndOfRound = -2;  // some of the round may follow once more
+constexpr int kAgain = -1;       // told in place of the place of those
+
 constexpr int kTurns = 4;           // tiles that the producer may be ahead of the scouts
 constexpr int kRoundTiles = 256;    // in a round at most
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
@@ -151,7 +151,7 @@ struct Shared {
   int8_t k[kStages][kTileBytes];
   int8_t v[kStages][kVStageBytes];
   int8_t q[kRows * kHeadDim];
-  uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits
+  uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits; before that, settled sums
   float q_scale[kRows];
   float q_shift[kRows];                 // Q times the shift of K, in the unit of the exponent
   float q_bound[kBounded ? kRows : 1];  // what no score exceeds, likewise
@@ -159,16 +159,17 @@ struct Shared {
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
 #endif
-  Task tasks[kGroups][2];                        // of this tile and the next one, in turns
-  uint8_t turns[kHalfSums ? 128 * kGroups : 1];  // which of them is each thread's: registers are short
-  int tiles[kTurns];                             // what the producer has taken (queue.cuh)
-  Phase phases[kTurns];
+  Task tasks[kGroups][2];                                // of this tile and the next one, in turns
+  uint8_t turns[kHalfSums ? 128 * kGroups : 1];          // which of them is each thread's: registers are short
+  int tiles[kTurns];                                     // what the producer has taken (queue.cuh)
+  int places[kTurns];                                    // of these in the round
   int taken[kHalfSums ? kRoundTiles : 1];                // in this round
   uint32_t overflown[kHalfSums ? kRoundTiles / 32 : 1];  // which of these are to be computed again, a bit each
-  int has_overflown, is_last_round;
+  int has_overflown;
   uint64_t full[kStages], empty[kStages];
   uint64_t full_q[kGroups], empty_q[kGroups];
   uint64_t full_tile[kTurns], empty_tile[kTurns];
+  uint64_t empty_sums[kHalfSums ? kGroups : 1];  // the settled ones have been read
 };
 
 // A position in a ring of stages and the parity of its round.
@@ -182,6 +183,14 @@ struct Ring {
       stage = 0;
       parity ^= 1;
     }
+  }
+
+  __device__ __forceinline__ void retreat() {
+    if (stage == 0) {
+      stage = count;
+      parity ^= 1;
+    }
+    --stage;
   }
 };
 

@@ -67,24 +67,34 @@ class Rows:
 
     def __init__(self, cxx: list[str], folder: Path) -> None:
         self._cxx, self._folder = cxx, folder
-        self._made: dict[str, tuple[package.Package, Worker]] = {}
+        self._packages: dict[str, package.Package] = {}
+        self._workers: dict[tuple[str, int], Worker] = {}
 
-    def run(self, arch: str, function: Callable, *arguments: object, **options: object) -> object:
-        """Calls function(path of libsagert, ...) where the rows of `arch` run. EMULATOR_ALL builds all variants."""
-        if arch not in self._made:
+    def run(
+        self, arch: str, function: Callable, *arguments: object, multiprocessors: int = 132, **options: object
+    ) -> object:
+        """Calls function(path of libsagert, ...) where the rows of `arch` run. EMULATOR_ALL builds all variants.
+
+        multiprocessors: of the device; where there are few, a thread block has several tiles.
+        """
+        if arch not in self._packages:
 
             def choose(axes: dict) -> bool:
                 chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
                 return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
-            made = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
+            built = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
+            self._packages[arch] = built
+        made = self._packages[arch]
+        device = arch, multiprocessors
+        if device not in self._workers:
             environment = {name: value for name, value in made.environment().items() if name != "LD_LIBRARY_PATH"}
-            self._made[arch] = made, Worker(environment, str(made.driver))
-        made, worker = self._made[arch]
-        return worker.run(function, str(made.library), *arguments, **options)
+            environment["STUB_MULTIPROCESSORS"] = str(multiprocessors)
+            self._workers[device] = Worker(environment, str(made.driver))
+        return self._workers[device].run(function, str(made.library), *arguments, **options)
 
     def close(self) -> None:
-        for _, worker in self._made.values():
+        for worker in self._workers.values():
             worker.close()
 
 

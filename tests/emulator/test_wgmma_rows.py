@@ -20,8 +20,8 @@ def test_lengths(rows, precision, lengths, head_dim, dtype, causal):
     check(rows, Case(precision, *lengths, head_dim, dtype, causal, family="wgmma"))
 
 
-def check(rows, case):
-    found = rows.run("sm90", cases.figures, case)
+def check(rows, case, **device):
+    found = rows.run("sm90", cases.figures, case, **device)
     assert found["finite"], "outputs left unwritten or not finite"
     assert found["near"] <= cases.NEAR[case.precision], found
     assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
@@ -32,6 +32,19 @@ def check(rows, case):
 def test_tiles_from_a_counter(rows, precision):
     """More tiles than thread blocks, long and short ones: who is done takes the next."""
     check(rows, Case(precision, 193, 70, 64, "bf16", True, heads_kv=35, family="wgmma"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("int8_fp8", 400, 4300, 128, "fp16", v_mean=0.5, family="wgmma"),
+        Case("int8_fp8", 9000, 9000, 64, "bf16", True, factor=0.2, v_mean=0.5, group=1, family="wgmma"),
+    ],
+    ids=["many_keys", "causal"],
+)
+def test_settled_sums(rows, case):
+    """More than 32 blocks of keys: the settled sums lie where the next tile's queries are to go."""
+    check(rows, case, multiprocessors=2)
 
 
 @pytest.mark.parametrize("length", [1100, 1600])
