@@ -38,6 +38,8 @@ BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, o
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
 
+LEADING_KEYS = 4  # attention sinks in most models (StreamingLLM, arXiv 2309.17453): see Recipe.exact_leading
+
 
 class Recipe(NamedTuple):
     """Whose arithmetic to follow. `half_sums`: the mma family's rows that sum the products of 64 keys in fp16."""
@@ -69,6 +71,11 @@ class Recipe(NamedTuple):
         return self.family == "wgmma" and self.pv == "fp8"
 
     @property
+    def exact_leading(self) -> bool:
+        """Whether the first keys' P and V stay in fp32, so that the others need not share their scales."""
+        return self.family == "wgmma" and self.pv == "int8"
+
+    @property
     def log2_p(self) -> tuple[float, float]:
         """log2 of P at a row's maximum, and by how much a score may exceed that maximum."""
         if not self.tiled:
@@ -88,6 +95,7 @@ class KeyValues(NamedTuple):
     positive: Tensor | None  # [N, Sk, Dv], where V is +inf or NaN; None where V is finite
     negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
     rough_k: Tensor | None = None  # [N, Sk, D], K as it is, where queries' means are multiplied with it
+    leading_v: Tensor | None = None  # [N, LEADING_KEYS, Dv], V less its mean, of recipes with exact_leading
 
 
 class Queries(NamedTuple):
@@ -145,7 +153,9 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     rough = kf if recipe.qk == "int4" else None
-    return with_marks(KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough), positive, negative)
+    leading = torch.where(vf.isfinite(), vf, 0.0)[:, :LEADING_KEYS].to(v.dtype).float() if recipe.exact_leading else None
+    kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, leading)
+    return with_marks(kv, positive, negative)
 
 
 def quantize_queries(q: Tensor, scale: float, recipe: Recipe, length: int) -> Queries:

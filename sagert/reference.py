@@ -137,6 +137,16 @@ def _weigh_bytes(scores: Tensor, highest: Tensor) -> Tensor:
     return 255.0 * torch.exp2(scores - torch.where(highest == -math.inf, 0.0, highest))
 
 
+def _take_leading(scores: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hides finite scores [N, rows, keys], a view. Returns their weights, what scales the sums before, the maximum."""
+    takes = scores.isfinite()
+    taken = torch.where(takes, scores, -math.inf)
+    scores.masked_fill_(takes, -math.inf)
+    m_new = torch.maximum(m, taken.amax(-1, keepdim=True))
+    base = torch.where(m_new == -math.inf, 0.0, m_new)
+    return torch.exp2(taken - base), torch.exp2(m - base), m_new
+
+
 def _heads(
     q: Tensor,
     kv: KeyValues,
@@ -191,6 +201,11 @@ def _heads(
             highest = scores.amax(-1, keepdim=True)
         visible = torch.ones_like(scores, dtype=torch.bool) if hidden is None else ~hidden.expand(scores.shape)
         sees = sees | visible.any(-1, keepdim=True)
+        if kv.leading_v is not None and start == 0:
+            p, alpha, m = _take_leading(scores[:, :, : kv.leading_v.shape[1]], m)
+            total, rounded = (x * alpha + p.sum(-1, keepdim=True) for x in (total, rounded))
+            acc = acc * alpha + p @ kv.leading_v
+            highest = scores.amax(-1, keepdim=True)
         m_new = torch.where(highest > m + slack, highest, m)
         base = torch.where(m_new == -math.inf, 0.0, m_new)  # every score so far is -inf: their weight is 0, not NaN
         alpha = torch.exp2(m - base)

@@ -31,6 +31,7 @@ constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
 constexpr int64_t kBlocksPerPart = 4;                // of keys, at least, where they are split
 constexpr int64_t kPartsMax = 32;
+constexpr int64_t kLeadingKeys = 4;  // kernels/sm90/leading.cuh
 
 // What the signatures of a variant's kernels say.
 struct Traits {
@@ -88,6 +89,7 @@ Plan plan_of(const Device& device, const sagert_attention_args& args, const Vari
   if (traits.can_split) plan.parts = parts_of(plan, device, attention.tile);
   plan.queued = plan.parts == 1 && plan.all_tiles() > persistent_blocks(device, attention, plan.all_tiles());
   plan_v(plan, is_mappable(args.v, plan.v));
+  plan.leading_keys = traits.pv == Pv::kInt8 ? kLeadingKeys : 0;
   place_buffers(plan);
   return plan;
 }

@@ -2,6 +2,7 @@
 // What the consumers share: which scores are a thread's, rings of K and V, masks, row maxima, and the epilogue.
 #pragma once
 
+#include "leading.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
 #include "ptx/shared.cuh"
@@ -201,6 +202,11 @@ struct ConsumerBase {
     return true;
   }
 
+  // Where V's mean of the head stands.
+  __device__ __forceinline__ int64_t mean_place() const {
+    return static_cast<int64_t>(task().head_kv) * mean_words(kHeadDim);
+  }
+
   // `maximum` of each row, which l and O refer to; `total` is the sum of its exponentials.
   __device__ __forceinline__ void write(const float (&maximum)[2], const float (&total)[2]) {
     named_barrier(warpgroup() + 1, 128);  // nobody reads the queries any more
@@ -219,13 +225,14 @@ struct ConsumerBase {
       }
     }
     const int64_t channels = static_cast<int64_t>(task().head_kv) * kHeadDim + 2 * quad();
+    const float* v_mean = p.v_mean + (kLeadingKeys == 0 ? channels : mean_place() + 2 * quad());
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
       if constexpr (kV == V::kFp8) {
         scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
       }
-      if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
+      if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(v_mean + 8 * j));
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         o[4 * j + 2 * r] = fmaf(o[4 * j + 2 * r] * inverse[r], scale.x, mean.x);

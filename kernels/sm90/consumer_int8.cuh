@@ -8,6 +8,7 @@
 #pragma once
 
 #include "consumer_base.cuh"
+#include "leading.cuh"
 #include "ptx/half2.cuh"
 #include "ptx/prefetch.cuh"
 
@@ -148,6 +149,64 @@ struct Consumer : ConsumerBase {
     }
   }
 
+  __device__ __forceinline__ bool has_leading() const { return uniform(task().has_leading) != 0; }
+
+  // Puts the leading keys' scores, which are in the first block, in shared memory. The block does without them.
+  __device__ __forceinline__ void take_leading(float k_scale) {
+    static_assert(kLeadingKeys == 4, "keys 0 and 1 are the first lane's of each quad, 2 and 3 the second's");
+    if (2 * quad() >= kLeadingKeys) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        int& x = scores[n + 2 * r];
+        s.leading[row() + 8 * r][2 * quad() + n] = static_cast<float>(x) * k_scale;
+        x = kMasked;
+      }
+    }
+  }
+
+  // Adds the leading keys: P in fp32 as their scores give it, times V in 16 bits.
+  __device__ __forceinline__ void add_leading() {
+    __syncwarp();  // lanes of the same warp have put them there
+    float alpha[2], weight[2][kLeadingKeys];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int seen = kCausal ? min(p.seqlen_k, query(r) + 1) : p.seqlen_k;
+      const float before = maximum(r);
+      float next = before;
+#pragma unroll
+      for (int key = 0; key < kLeadingKeys; ++key) {
+        weight[r][key] = key < seen ? s.leading[row() + 8 * r][key] * s.q_scale[row() + 8 * r] : -infinity();
+        next = fmaxf(next, weight[r][key]);
+      }
+      maximum(r) = next;
+      alpha[r] = exp2_approx(before - next);
+      float sum = 0.f;
+#pragma unroll
+      for (int key = 0; key < kLeadingKeys; ++key) {
+        weight[r][key] = exp2_approx(weight[r][key] - next);
+        sum += weight[r][key];
+      }
+      const float once = quad() == 0 ? sum : 0.f;  // the quad's sums are added up
+      l[r] = fmaf(l[r], alpha[r], once);
+      if constexpr (EXACT_LSE) exact_sum(r) = fmaf(exact_sum(r), alpha[r], once);
+    }
+    const uint32_t* v = reinterpret_cast<const uint32_t*>(p.v_mean + mean_place() + kHeadDim) + quad();
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      float* x = o + 4 * j;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= alpha[i / 2];
+#pragma unroll
+      for (int key = 0; key < kLeadingKeys; ++key) {
+        const uint32_t pair = __ldg(v + key * (kHeadDim / 2) + 4 * j);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = fmaf(weight[i / 2][key], i % 2 == 0 ? low_io(pair) : high_io(pair), x[i]);
+      }
+    }
+  }
+
   // All blocks this warpgroup sees, from the last one down.
   __device__ __forceinline__ void attend_blocks() {
     int masked = uniform(task().masked);
@@ -163,7 +222,8 @@ struct Consumer : ConsumerBase {
       pin(scores);
       Scaling z;
       float unit[2];  // of the bytes, relative to the maximum so far
-      if (masked > 0) {
+      if (block == 0 && has_leading()) take_leading(k_scale);
+      if (masked > 0 || block == 0) {
         --masked;
         reduce_masked(z, k_scale, unit, block);
       } else {
@@ -190,6 +250,7 @@ struct Consumer : ConsumerBase {
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
     attend_blocks();
+    if (uniform(task().begin) == 0 && uniform(task().end) != 0 && has_leading()) add_leading();
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -11,6 +11,7 @@
 // pairs of one lane of wgmma's fragment stand together. All statistics are combined in a fixed order: the same input
 // gives the same bits.
 #include "integers.cuh"
+#include "leading.cuh"
 #include "prepass_statistics.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/bulk_store.cuh"
@@ -250,7 +251,7 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
     float square = reduce_cluster<kSquares>(s, channel) / count;
     mean = v_shift(mean, square);
     s.shift[channel] = mean;
-    if (t.rank == 0) p.VMean[at] = mean;
+    if (t.rank == 0) p.VMean[static_cast<int64_t>(t.bh) * mean_words(kHeadDim) + channel] = mean;
     if constexpr (!kInt8V) {
       float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
       bool zero = !(amax >= kTiny);  // also where nothing is finite
@@ -259,6 +260,19 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
       if (t.rank == 0) p.VScale[at] = zero ? 1.0f : amax / largest;
     }
   }
+}
+
+// V of the leading keys less its mean, in 16 bits; infinities and NaN count as the mean.
+__device__ __forceinline__ void write_leading(const Shared& s, const Params& p, const Input& in, int bh) {
+  constexpr int kWords = kHeadDim / 2;
+  if (threadIdx.x >= kLeadingKeys * kWords) return;
+  const int channel = 2 * (threadIdx.x % kWords);
+  uint32_t x[1][1];
+  load_rows(x, in, threadIdx.x / kWords, 1, channel);
+  auto less_mean = [](float v, float mean) { return is_finite(v) ? v - mean : 0.0f; };
+  uint32_t* place = reinterpret_cast<uint32_t*>(p.VMean + static_cast<int64_t>(bh) * mean_words(kHeadDim) + kHeadDim);
+  place[threadIdx.x] =
+      to_io2(less_mean(low_io(x[0][0]), s.shift[channel]), less_mean(high_io(x[0][0]), s.shift[channel + 1]));
 }
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
@@ -276,6 +290,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
     }
     __syncthreads();
     cluster_arrive_relaxed();  // no block ends while another may read its statistics
+    if (kLeadingKeys != 0 && t.rank == 0) write_leading(s, p, in, t.bh);
     if constexpr (kQuantizedV) {
       if (t.first < t.last) {
         int64_t blocks_before = static_cast<int64_t>(t.bh) * t.blocks;

@@ -4,6 +4,7 @@
 
 #include "bounds.cuh"
 #include "integers.cuh"
+#include "leading.cuh"
 #include "order.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/mbarrier.cuh"
@@ -134,6 +135,7 @@ struct Task : RoundOfTask<kHalfSums> {
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's V holds an infinity or a NaN
   float k_norm;         // of the head's keys, the largest
+  int has_leading;      // kLeadingKeys: K of the head is finite; elsewhere the leading keys are like others
   const int* bad_keys;  // of the head, bits by block and quad, or null
   int64_t out;          // where the first query's row of the output is
 };
@@ -158,6 +160,7 @@ struct Shared {
 #if V8_I8
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
+  float leading[kRows][kLeadingKeys];  // scores
 #endif
   Task tasks[kGroups][2];                                // of this tile and the next one, in turns
   uint8_t turns[kHalfSums ? 128 * kGroups : 1];          // which of them is each thread's: registers are short

@@ -24,6 +24,7 @@ ACCURACY = {  # rel_l1_randn of the rows
     "int8_fp16": 0.0114, "int8_int8": 0.0158, "int8_fp8": 0.039, "int4_fp16": 0.2, "int4_int8": 0.2,
     "int4_fp8": 0.2,
 }  # fmt: skip
+SINK = 0.8  # added to every channel of Q and of the first keys: of head_dim 128, 7 more logits
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -46,6 +47,7 @@ class Case:
     q_mean: float = 0.0
     k_mean: float = 0.0
     v_mean: float = 0.0
+    sink: bool = False  # the first keys have most of every query's weight, and little V
     smooth_k: bool = True
     seed: int = 0
     family: str = "mma"
@@ -70,6 +72,10 @@ def tensors(case: Case) -> list[torch.Tensor]:
         values += mean * torch.randn(case.head_dim, generator=generator)
         if len(made) == 1:
             values *= torch.linspace(case.rise, 1, length)[:, None]
+        if case.sink and made:
+            values[:, :, :4] = values[:, :, :4] * 0.05 if len(made) == 2 else values[:, :, :4] + SINK
+        elif case.sink:
+            values += SINK
         made.append(gpu_kit.place(values.to(TYPES[case.dtype]), case.memory, float("nan"))[0])
     return made
 

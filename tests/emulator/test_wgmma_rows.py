@@ -34,6 +34,14 @@ def test_tiles_from_a_counter(rows, precision):
     check(rows, Case(precision, 193, 70, 64, "bf16", True, heads_kv=35, family="wgmma"))
 
 
+@pytest.mark.parametrize("lengths", [(3, 3), (70, 131), (200, 1300)])
+@pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
+@pytest.mark.parametrize("precision", ["int8_int8", "int8_fp8"])
+def test_attention_sink(rows, precision, head_dim, dtype, causal, lengths):
+    """Keys that have most of the weight and a small V take nothing from the others of their block."""
+    check(rows, Case(precision, *lengths, head_dim, dtype, causal, v_mean=0.3, sink=True, family="wgmma"))
+
+
 @pytest.mark.parametrize(
     "case",
     [
