@@ -54,7 +54,7 @@ class HalfOutput:
         ones = torch.ones_like(v[..., :1])  # the tensor core adds P up beside P V
         self.sums = self.sums + add_products(torch.zeros_like(self.sums), p, ones, HALF_KEYS["fp8"])
         self.visited = self.visited + seen
-        early = (self.visited == 1) | (self.visited == 4) | (self.visited == 16)
+        early = (self.visited == 4) | (self.visited == 16)
         settles = (self.visited > 0) & (self.visited % SETTLE_BLOCKS == 0)
         looked_at = early | settles
         beyond = looked_at & (self.sums > LARGEST_SUM)

@@ -153,7 +153,8 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     rough = kf if recipe.qk == "int4" else None
-    leading = torch.where(vf.isfinite(), vf, 0.0)[:, :LEADING_KEYS].to(v.dtype).float() if recipe.exact_leading else None
+    first = torch.where(vf.isfinite(), vf, 0.0)[:, :LEADING_KEYS]
+    leading = first.to(v.dtype).float() if recipe.exact_leading else None
     kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, leading)
     return with_marks(kv, positive, negative)
 

@@ -7,6 +7,7 @@
 #include "exponential.cuh"
 #include "half_sums.cuh"
 #include "ptx/named_barrier.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace sagert {
 
@@ -349,8 +350,9 @@ struct Consumer : ConsumerBase {
       return;
     }
     half.clear();
-    // Sums are looked at behind 1, 4, 16, 32, 64, 96, ... blocks.
-    int seen = 0, next = 1;
+    // Sums are looked at behind 4, 16, 32, 64, 96, ... blocks. One block's cannot be too large.
+    static_assert(kBlock * 112 < kLargestSum);
+    int seen = 0, next = 4;
 #pragma unroll 1
     while (block >= begin) {
       attend_run<kHalf>(block, static_cast<int>(uniform(max(begin, block + 1 + seen - next))), masked);
@@ -364,7 +366,16 @@ struct Consumer : ConsumerBase {
     half.read(o, s, seen >= kSettleBlocks);
   }
 
+  // To L1: the epilogue's scales and means of V, in lines of 32 channels.
+  __device__ __forceinline__ void prefetch_channels() const {
+    constexpr int kLines = kHeadDim / 32;
+    const int lane = thread_index() % 32;
+    const int64_t channel = static_cast<int64_t>(task().head_kv) * kHeadDim + lane % kLines * 32;
+    if (lane < 2 * kLines) prefetch_l1((lane < kLines ? p.v_scale : p.v_mean) + channel);
+  }
+
   __device__ __forceinline__ void attend() {
+    if constexpr (kV == V::kFp8) prefetch_channels();
     for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
     for (float& x : sum) x = 0.f;

@@ -80,12 +80,18 @@ struct HalfSums {
   // The sums in fp32.
   template <int n>
   __device__ __forceinline__ void read(float (&o)[n], Shared& s, bool has_settled) const {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 4; ++i) {
+      o[2 * i] = ptx::half2_low(sums[i]);
+      o[2 * i + 1] = ptx::half2_high(sums[i]);
+    }
+    if (!has_settled) return;
     const uint32_t* words = settled(s);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 4; ++i) {
-      const uint32_t before = has_settled ? words[128 * i] : 0;
-      o[2 * i] = fmaf(ptx::half2_low(before), factor[i % 2], ptx::half2_low(sums[i]));
-      o[2 * i + 1] = fmaf(ptx::half2_high(before), factor[i % 2], ptx::half2_high(sums[i]));
+      const uint32_t before = words[128 * i];
+      o[2 * i] = fmaf(ptx::half2_low(before), factor[i % 2], o[2 * i]);
+      o[2 * i + 1] = fmaf(ptx::half2_high(before), factor[i % 2], o[2 * i + 1]);
     }
   }
 };

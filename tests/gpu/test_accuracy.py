@@ -20,8 +20,9 @@ NORMAL_MAX = {"int8_fp16": 0.0114 * 1.05, "int8_int8": 0.0158}
 RECIPE_MAX = {"int8_fp8": 1.03}
 MORE_ACCURATE = (("int8_int8", "int8_fp8"),)  # the first of each pair, on every distribution
 # Except here. Bytes of P span a factor of 255: in the block of keys that holds an attention sink the other keys round
-# to 0, where e4m3 still has them.
+# to 0, where e4m3 still has them. The wgmma family keeps the first keys out of bytes.
 BEYOND_BYTES = {("sink", "int8_int8")}
+SPARED_FAMILY = "wgmma"
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
@@ -49,5 +50,6 @@ def test_standard_set(name: str, head_dim: int, causal: bool, served: list[str],
     for better, worse in MORE_ACCURATE:
         if better in error and worse in error:
             more_accurate = error[better] < error[worse]
-            known = (name, better) in BEYOND_BYTES
+            family = serving_row(q, k, v, causal, better).family
+            known = (name, better) in BEYOND_BYTES and family != SPARED_FAMILY
             assert more_accurate != known, f"{better} against {worse}{' (a known exception)' if known else ''}: {found}"

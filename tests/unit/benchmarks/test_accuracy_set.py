@@ -75,3 +75,15 @@ def test_groups_of_one_thread():
     assert rows.bincount().tolist() == [2] * 128
     assert keys[:10].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
     assert keys.bincount().tolist() == [32] * 8
+
+
+@pytest.mark.parametrize(("name", "of_fp8"), [("sink", 0.5), ("v_bias", 0.9)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_leading_keys_stay_out_of_bytes(name, of_fp8, causal):
+    q, k, v = distributions.draw(name, **SMALL)
+    want, _ = reference.exact_attention(q, k, v, is_causal=causal)
+    error = {}
+    for precision in ("int8_int8", "int8_fp8"):
+        out, _ = reference.attention(q, k, v, is_causal=causal, precision=precision, family="wgmma")
+        error[precision] = reference.error_metrics(out, want)["relative_l1"]
+    assert error["int8_int8"] < of_fp8 * error["int8_fp8"], error

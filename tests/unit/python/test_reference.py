@@ -192,12 +192,16 @@ def test_integer_pv_is_its_definition(causal, family):
     assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
     v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean, size)
     numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
-    whole = torch.zeros(300).double()  # sum of the weights before they are bytes
+    whole = torch.exp2(scores).sum(1)  # of the weights before they are bytes
+    if family == "wgmma":  # the leading keys' are none
+        leading = torch.exp2(scores[:, : recipes.LEADING_KEYS])
+        numerator += 255 * leading @ (v[0] - mean)[0, : recipes.LEADING_KEYS].half().double()
+        denominator += 255 * leading.sum(1, keepdim=True)
+        scores[:, : recipes.LEADING_KEYS] = -math.inf
     for block in range(-(-300 // size)):
         keys = slice(size * block, size * block + size)
         highest = scores[:, keys].amax(1, keepdim=True)
         p = torch.round(255 * torch.exp2(scores[:, keys] - highest.clamp(min=-1e30)))
-        whole += torch.exp2(scores[:, keys]).sum(1)
         weight = torch.exp2(highest)
         numerator += weight * (p @ v8[0, keys].double()) * v_scale[0, block].double()
         denominator += weight * p.sum(1, keepdim=True)
