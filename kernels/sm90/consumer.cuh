@@ -385,7 +385,7 @@ struct Consumer : ConsumerBase {
     } else {
       attend_blocks<false>();
     }
-    if constexpr (kHalfSums) free_sums();
+    if (kHalfSums && has_settled_sums(uniform(task().skipped + task().end - task().begin))) free_sums();
     float total[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

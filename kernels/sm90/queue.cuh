@@ -25,6 +25,7 @@ __device__ __forceinline__ int take_tile(const Params& p, int index) {
 // Tells the scouts of the tile of a turn and of its place in the round. The producer's warp calls it.
 __device__ __forceinline__ void tell_tile(Shared& s, Ring<kTurns>& turns, int index, int place) {
   mbarrier_wait(shared_address(&s.empty_tile[turns.stage]), turns.parity ^ 1);
+  __syncwarp();  // the answer to what one lane tells would start the barrier's next phase before others have seen this
   if (thread_index() % 32 == 0) {
     s.tiles[turns.stage] = index;
     if constexpr (kHalfSums) s.places[turns.stage] = place;

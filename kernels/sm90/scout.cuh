@@ -70,8 +70,8 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
   const uint32_t empty = shared_address(&s.empty_q[group]);
   Ring<kTurns> turns;
   int place = 0;
-  int tiles = 0;          // that the group was told of
-  bool is_taken = false;  // the room for queries, by settled sums of the tile before
+  bool is_taken = false;     // the room for queries, by settled sums of the tile before
+  uint32_t sums_parity = 0;  // of the phase in which these are
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     const int index = hear_tile(s, turns, place);
@@ -89,7 +89,10 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
       continue;
     }
     const Tile tile = tile_at(p, index);
-    if (kHalfSums && is_taken) mbarrier_wait(shared_address(&s.empty_sums[group]), tiles & 1 ^ 1);
+    if (is_taken) {
+      mbarrier_wait(shared_address(&s.empty_sums[group]), sums_parity);
+      sums_parity ^= 1;
+    }
     if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
@@ -100,8 +103,7 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
       task.set_round(place, task.end - task.begin);
       mbarrier_arrive(full);
     }
-    is_taken = tile.end - tile.begin > kSettleBlocks;
-    ++tiles;
+    is_taken = has_settled_sums(tile.end - tile.begin);
   }
 }
 

@@ -36,6 +36,8 @@ constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
 // Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
 constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
+// May consumers have settled sums at a tile of that many blocks?
+__device__ __forceinline__ bool has_settled_sums(int blocks) { return kHalfSums && blocks > kSettleBlocks; }
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;

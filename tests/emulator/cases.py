@@ -24,6 +24,7 @@ ACCURACY = {  # rel_l1_randn of the rows
     "int8_fp16": 0.0114, "int8_int8": 0.0158, "int8_fp8": 0.039, "int4_fp16": 0.2, "int4_int8": 0.2,
     "int4_fp8": 0.2,
 }  # fmt: skip
+LATE_KEYS = 128
 SINK = 0.8  # added to every channel of Q and of the first keys: of head_dim 128, 7 more logits
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -47,6 +48,7 @@ class Case:
     q_mean: float = 0.0
     k_mean: float = 0.0
     v_mean: float = 0.0
+    late_v: bool = False  # V is small but in the last keys, which are visited first: sums in fp16 overflow
     sink: bool = False  # the first keys have most of every query's weight, and little V
     smooth_k: bool = True
     seed: int = 0
@@ -72,6 +74,8 @@ def tensors(case: Case) -> list[torch.Tensor]:
         values += mean * torch.randn(case.head_dim, generator=generator)
         if len(made) == 1:
             values *= torch.linspace(case.rise, 1, length)[:, None]
+        if case.late_v and len(made) == 2:
+            values = 0.02 * values + (torch.arange(length) >= length - LATE_KEYS)[:, None]
         if case.sink and made:
             values[:, :, :4] = values[:, :, :4] * 0.05 if len(made) == 2 else values[:, :, :4] + SINK
         elif case.sink:

@@ -55,6 +55,13 @@ def test_settled_sums(rows, case):
     check(rows, case, multiprocessors=2)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tiles_again(rows, seed):
+    """Tiles whose sums in fp16 overflow, computed again when a thread block's others are done."""
+    case = Case("int8_fp8", 320, 2100, 128, "fp16", factor=0.2, late_v=True, seed=seed, family="wgmma")
+    check(rows, case, multiprocessors=2)
+
+
 @pytest.mark.parametrize("length", [1100, 1600])
 def test_mean_of_a_sample(rows, length):
     """From 1024 keys on K's mean is that of some of them, and the LSE gets it back."""
