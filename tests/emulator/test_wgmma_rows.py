@@ -45,17 +45,17 @@ def test_attention_sink(rows, precision, head_dim, dtype, causal, lengths):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("int8_fp8", 400, 4300, 128, "fp16", v_mean=0.5, family="wgmma"),
-        Case("int8_fp8", 9000, 9000, 64, "bf16", True, factor=0.2, v_mean=0.5, group=1, family="wgmma"),
+        Case("int8_fp8", 400, 8400, 128, "fp16", factor=0.5, family="wgmma"),
+        Case("int8_fp8", 9000, 9000, 64, "bf16", True, factor=0.5, group=1, family="wgmma"),
     ],
     ids=["many_keys", "causal"],
 )
 def test_settled_sums(rows, case):
-    """More than 32 blocks of keys: the settled sums lie where the next tile's queries are to go."""
+    """More than 64 blocks of keys settle twice; the settled sums lie where the next tile's queries are to go."""
     check(rows, case, multiprocessors=2)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", range(6))
 def test_tiles_again(rows, seed):
     """Tiles whose sums in fp16 overflow, computed again when a thread block's others are done."""
     case = Case("int8_fp8", 320, 2100, 128, "fp16", factor=0.2, late_v=True, seed=seed, family="wgmma")
