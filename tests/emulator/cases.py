@@ -28,6 +28,12 @@ LATE_KEYS = 128
 SINK = 0.8  # added to every channel of Q and of the first keys: of head_dim 128, 7 more logits
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
+PLACES = {  # of a value that is not finite, in heads of 140 keys and 64 channels
+    "q": [[(0, 1, 3, 5)], [(0, 0, 64, 0), (0, 1, 129, 63)]],
+    "k": [[(0, 0, 0, 3)], [(0, 0, 70, 9)], [(0, 0, 139, 63)]],
+    "v": [[(0, 0, 0, 3)], [(0, 0, 70, 9), (0, 0, 90, 9)], [(0, 0, 139, 63)]],
+}
+
 
 @dataclass(frozen=True)
 class Case:

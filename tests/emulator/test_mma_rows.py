@@ -86,19 +86,12 @@ def test_bits_do_not_depend_on_the_order_of_warps(rows, case):
     assert all(other == first for other in others)
 
 
-PLACES = {
-    "q": [[(0, 1, 3, 5)], [(0, 0, 64, 0), (0, 1, 129, 63)]],
-    "k": [[(0, 0, 0, 3)], [(0, 0, 70, 9)], [(0, 0, 139, 63)]],
-    "v": [[(0, 0, 0, 3)], [(0, 0, 70, 9), (0, 0, 90, 9)], [(0, 0, 139, 63)]],
-}
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", cases.PLACES)
 def test_nonfinite(rows, precision, causal, value, name):
-    for where in PLACES[name]:
+    for where in cases.PLACES[name]:
         rows.run("sm80", cases.placement, Case(precision, 140, 140, 64, "bf16", causal), name, where, value)
 
 

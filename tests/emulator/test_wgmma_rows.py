@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wgmma family's kernels through the C ABI, without a GPU: against the reference and against float64 attention."""
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -26,6 +28,16 @@ def check(rows, case, **device):
     assert found["near"] <= cases.NEAR[case.precision], found
     assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
     assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", cases.PLACES)
+def test_nonfinite(rows, precision, head_dim, dtype, causal, value, name):
+    case = Case(precision, 140, 140, head_dim, dtype, causal, family="wgmma")
+    for where in cases.PLACES[name]:
+        rows.run("sm90", cases.placement, case, name, where, value)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -55,11 +67,25 @@ def test_settled_sums(rows, case):
     check(rows, case, multiprocessors=2)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_tiles_again(rows, seed):
+AGAIN = Case("int8_fp8", 320, 2100, 128, "fp16", factor=0.2, late_v=True, family="wgmma")
+
+
+def test_tiles_again(rows):
     """Tiles whose sums in fp16 overflow, computed again when a thread block's others are done."""
-    case = Case("int8_fp8", 320, 2100, 128, "fp16", factor=0.2, late_v=True, seed=seed, family="wgmma")
-    check(rows, case, multiprocessors=2)
+    check(rows, AGAIN, multiprocessors=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [AGAIN, *(Case(p, 400, 300, 128, "fp16", family="wgmma") for p in PRECISIONS)]
+    + [Case(p, 400, 400, 64, "bf16", True, family="wgmma") for p in PRECISIONS],
+    ids=str,
+)
+def test_bits_do_not_depend_on_the_order_of_warps(rows, case):
+    """Thread blocks of several tiles: a missing barrier or wait makes the result a matter of luck, or a deadlock."""
+    seeds = (dataclasses.replace(case, seed=seed) for seed in range(6))
+    first, *others = (rows.run("sm90", cases.bits, each, multiprocessors=2) for each in seeds)
+    assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("length", [1100, 1600])
