@@ -37,7 +37,6 @@ TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
-
 LEADING_KEYS = 4  # attention sinks in most models (StreamingLLM, arXiv 2309.17453): see Recipe.exact_leading
 
 
@@ -153,8 +152,10 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     else:
         values, v_scale = torch.where(vf.isfinite(), vf, 0.0), vf.new_ones(1)
     rough = kf if recipe.qk == "int4" else None
-    first = torch.where(vf.isfinite(), vf, 0.0)[:, :LEADING_KEYS]
-    leading = first.to(v.dtype).float() if recipe.exact_leading else None
+    leading = None
+    if recipe.exact_leading:
+        first = vf[:, :LEADING_KEYS]
+        leading = torch.where(first.isfinite(), first, 0.0).to(v.dtype).float()
     kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, leading)
     return with_marks(kv, positive, negative)
 

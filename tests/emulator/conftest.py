@@ -83,8 +83,7 @@ class Rows:
                 chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
                 return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
-            built = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
-            self._packages[arch] = built
+            self._packages[arch] = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
         made = self._packages[arch]
         device = arch, multiprocessors
         if device not in self._workers:

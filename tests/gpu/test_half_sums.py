@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gpu_kit import relative_l1
+from value_kinds import KINDS, make_kind
 
 import sagert
 from sagert.exact import exact_attention
@@ -15,26 +16,12 @@ KEYS = 20_000
 
 def values(kind: str, head_dim: int, device: torch.device) -> torch.Tensor:
     v = torch.randn(1, 2, KEYS, head_dim, device=device, generator=torch.Generator(device).manual_seed(3))
-    if kind == "outlier":
-        v[:, :, KEYS // 2] *= 1000.0
-    elif kind == "loud":
-        v[:, :, :: KEYS // 8] *= 20.0
-    elif kind == "equal":
-        v = torch.ones_like(v)
-    elif kind == "halves":
-        v[:, :, : KEYS // 2], v[:, :, KEYS // 2 :] = 1.0, -1.0
-    elif kind == "biased":
-        v += 0.4
-    elif kind == "block":
-        v[:, :, :128], v[:, :, 128:] = 1.0, 0.0
-    elif kind == "last":  # overflows in the block that is visited first
-        v[:, :, :-128], v[:, :, -128:] = 0.0, 1.0
-    return v.to(torch.bfloat16)
+    return make_kind(kind, v).to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", ["normal", "outlier", "loud", "equal", "halves", "biased", "block", "last"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_flat_attention(kind: str, causal: bool, head_dim: int, served: list[str], device: torch.device) -> None:
     v = values(kind, head_dim, device)
     q = torch.zeros(1, 2, KEYS if causal else 200, head_dim, device=device, dtype=torch.bfloat16)

@@ -10,29 +10,14 @@ import torch
 
 from sagert import half_output, quantize, recipes, reference
 from sagert.exact import exact_attention
+from tests.gpu.value_kinds import KINDS, make_kind
 
 KERNELS = Path(__file__).parents[3] / "kernels/sm90"
-KINDS = ("normal", "outlier", "loud", "equal", "halves", "biased", "block", "last")
 
 
 def channels(kind: str, keys: int) -> torch.Tensor:
     """V [1, keys, 8]."""
-    v = torch.randn(1, keys, 8, generator=torch.Generator().manual_seed(3))
-    if kind == "outlier":
-        v[:, keys // 2] *= 1000.0
-    elif kind == "loud":
-        v[:, :: max(1, keys // 8)] *= 20.0
-    elif kind == "equal":
-        v = torch.ones_like(v)
-    elif kind == "halves":
-        v = torch.where(torch.arange(keys)[None, :, None] < keys // 2, 1.0, -1.0).expand_as(v).contiguous()
-    elif kind == "biased":
-        v += 0.4
-    elif kind == "block":
-        v[:, :128], v[:, 128:] = 1.0, 0.0
-    elif kind == "last":
-        v[:, :-128], v[:, -128:] = 0.0, 1.0
-    return v
+    return make_kind(kind, torch.randn(1, keys, 8, generator=torch.Generator().manual_seed(3)))
 
 
 @pytest.mark.parametrize("keys", [1, 100, 1024, 20_000])

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -254,6 +256,15 @@ def test_a_family_without_reference_is_refused():
     for family, precision in (("wgmma", "nvfp4"), ("portable", "int4_fp8"), ("tcgen05", "int8_fp8")):
         with pytest.raises(ValueError, match="portable"):
             reference.attention(q, q, q, precision=precision, family=family)
+
+
+def test_leading_keys_are_the_kernels_and_the_hosts():
+    root = Path(__file__).parents[3]
+    for path, pattern in (
+        ("kernels/sm90/leading.cuh", r"V::kInt8 \? (\d+) : 0"),
+        ("host/families/wgmma.cc", r"kLeadingKeys = (\d+)"),
+    ):
+        assert int(re.search(pattern, (root / path).read_text())[1]) == recipes.LEADING_KEYS, path
 
 
 def test_key_groups():
