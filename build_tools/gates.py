@@ -29,6 +29,7 @@ def check(kernel: Kernel, facts: Facts, shared_limit: int) -> None:
         *_memory(facts, shared_limit),
         *_registers(kernel, facts),
         *_opcodes(kernel, facts),
+        *_dependent_launch(kernel, facts),
         *_params(kernel, facts),
     ]
     if problems:
@@ -75,6 +76,12 @@ def _opcodes(kernel: Kernel, facts: Facts) -> list[str]:
         if name in facts.sass
     ]
     return problems
+
+
+def _dependent_launch(kernel: Kernel, facts: Facts) -> list[str]:
+    if not kernel.job.dependent_launch or "ACQBULK" in facts.sass:
+        return []
+    return ["gate dependent_launch: it may start before what is in front of it ends, and never waits for that"]
 
 
 def _params(kernel: Kernel, facts: Facts) -> list[str]:

@@ -308,9 +308,6 @@ def _row(data: dict[str, Any], arch: Arch, templates: dict[str, Template], shown
         table.fail(
             "kernel", f"roles used: {roles}; a row needs one 'attention' kernel and at most one of every other role"
         )
-    for use in uses:
-        if use.dependent_launch and use.template.role == min(roles, key=ROLES.index):
-            raise ManifestError(f"{use.where}: dependent_launch: no kernel of this row runs before it")
     known = set().union(*(use.template.names() for use in uses))
     for option in options:
         if option not in known:

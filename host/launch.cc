@@ -44,7 +44,7 @@ std::string pointee(const char* signature, const char* name) {
 }
 
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream, bool after_own, int32_t cluster, int64_t parts) {
+            KernelParameters& parameters, void* stream, bool may_overlap, int32_t cluster, int64_t parts) {
   if (blocks <= 0) return;
   if (cluster == 0) cluster = entry.cluster;
   parameters.hidden(entry.hidden_params);
@@ -60,7 +60,7 @@ void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int
     attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
     attribute.value.clusterDim = {static_cast<unsigned int>(cluster), 1, 1};
   }
-  if (entry.dependent_launch != 0 && after_own && driver.version() >= kDependentLaunchMin) {
+  if (entry.dependent_launch != 0 && may_overlap && driver.version() >= kDependentLaunchMin) {
     CUlaunchAttribute& attribute = attributes[attribute_count++];
     attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;

@@ -36,7 +36,7 @@ struct KernelEntry {
   int32_t tile;              // rows of its input one program covers (BLOCK_M of attention)
   int32_t cluster;           // blocks per cluster, at most; 1: no clusters
   int32_t ctas_per_sm;       // of a kernel whose blocks take tiles in turns
-  int32_t dependent_launch;  // 1: it may start before the kernel in front of it ends, and waits for it itself
+  int32_t dependent_launch;  // 1: it may start before what is in front of it ends, and waits for that itself
   uint64_t length;           // bytes
   uint8_t sha256[32];
 };

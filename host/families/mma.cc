@@ -89,7 +89,7 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
   plan.int4 = traits.int4;
   begin_plan(plan, device, args, variant, traits.pv, kBlock, tile);
   if (plan.int4) cut_queries(plan, tile);
-  plan_v(plan, plan.v_vec && plan.v.s >= 0 && plan.v.s < kRowStrideMax);
+  plan_v(plan, plan.v_vec && plan.v.s >= 0 && plan.v.s < kRowStrideMax, false);
   cut_keys(plan);
   place_buffers(plan);
   if (plan.pv == Pv::kIo && !plan.copy_v) {

@@ -55,12 +55,15 @@ void begin_plan(Plan& plan, const Device& device, const sagert_attention_args& a
   plan.write_lse = (args.flags & SAGERT_FLAG_LSE) != 0;
 }
 
-void plan_v(Plan& plan, bool readable) {
+void plan_v(Plan& plan, bool readable, bool finds_nonfinite) {
   const sagert_attention_args& args = *plan.args;
   bool direct = readable && args.v.data != nullptr && args.seqlen_k > 0;
   plan.copy_v = plan.pv == Pv::kIo && !direct;
-  // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are.
-  plan.v_stats = plan.pv != Pv::kIo || (args.flags & SAGERT_FLAG_CAUSAL) != 0 || has_quantized_kv(args);
+  // V that stays in 16 bits brings its own infinities and NaN; only a mask needs to know where they are. Attention does
+  // not write to quantized keys and values of the caller's, so that these come with all there is to find.
+  const bool masked = (args.flags & SAGERT_FLAG_CAUSAL) != 0, kept = has_quantized_kv(args);
+  plan.finds_nonfinite = plan.pv == Pv::kIo && finds_nonfinite && masked && !kept;
+  plan.v_stats = plan.pv != Pv::kIo || kept || (masked && !plan.finds_nonfinite);
   plan.v_jobs = plan.v_stats || plan.copy_v;
 }
 
@@ -77,7 +80,7 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * v_bytes(plan.pv));
   plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
   plan.v_mean = kv.reserve(quantized_v, heads * d * (kWord + plan.leading_keys * kHalf));
-  plan.v_first = kv.reserve(plan.v_stats, heads * 2 * d * kWord);
+  plan.v_first = kv.reserve(plan.v_stats || plan.finds_nonfinite, heads * 2 * d * kWord);
   plan.head_flags = kv.reserve(true, heads * 2 * kWord);
 }
 

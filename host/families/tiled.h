@@ -37,6 +37,8 @@ struct Plan : Operands {
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
   bool int4 = false;  // Q and K
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
+  bool finds_nonfinite =
+      false;  // attention does, in V in 16 bits, so that the pre-pass need not look through all of it
   // Offsets into memory.kv.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, k_norm = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0,
           head_flags = 0;
@@ -51,8 +53,9 @@ struct Plan : Operands {
 void begin_plan(Plan& plan, const Device& device, const sagert_attention_args& args, const VariantEntry& variant, Pv pv,
                 int64_t block, int64_t tile);
 
-// Settles what the pre-pass does with V. `readable`: attention can read the caller's V, if it stays in 16 bits.
-void plan_v(Plan& plan, bool readable);
+// Settles what the pre-pass does with V. `readable`: attention can read the caller's V, if it stays in 16 bits;
+// `finds_nonfinite`: it can find where that is not finite.
+void plan_v(Plan& plan, bool readable, bool finds_nonfinite);
 
 // Reserves what the pre-pass leaves for attention.
 void reserve_quantized(Plan& plan, Layout& kv);
@@ -83,7 +86,7 @@ void pass_quantized(Sink& sink, const Plan& plan) {
   sink.i32("smooth_k", plan.smooth_k);
   sink.i32("v_jobs", plan.v_jobs);
   sink.i32("copy_v", plan.copy_v);
-  sink.i32("v_stats", plan.v_stats);
+  sink.i32("v_stats", plan.finds_nonfinite ? 2 : plan.v_stats ? 1 : 0);
 }
 
 // Parameters of every kernel that reads K and V as the caller has them, at the end.

@@ -88,7 +88,7 @@ Plan plan_of(const Device& device, const sagert_attention_args& args, const Vari
   begin_plan(plan, device, args, variant, traits.pv, kBlock, attention.tile);
   if (traits.can_split) plan.parts = parts_of(plan, device, attention.tile);
   plan.queued = plan.parts == 1 && plan.all_tiles() > persistent_blocks(device, attention, plan.all_tiles());
-  plan_v(plan, is_mappable(args.v, plan.v));
+  plan_v(plan, is_mappable(args.v, plan.v), true);
   plan.leading_keys = traits.pv == Pv::kInt8 ? kLeadingKeys : 0;
   place_buffers(plan);
   return plan;
@@ -280,7 +280,7 @@ class Wgmma : public PlannedFamily<Traits, Plan> {
         pass_quantize_kv(parameters, plan, attend ? plan.next_tile() : nullptr);
         int64_t jobs = plan.heads_kv_total * (plan.v_jobs ? 2 : 1);
         int64_t cluster = prepass_cluster(device, kernel, plan);
-        launch(driver, ready, kernel, jobs * cluster, parameters, stream, false, narrow(cluster));
+        launch(driver, ready, kernel, jobs * cluster, parameters, stream, true, narrow(cluster));
       } else if (role == kCombine) {
         pass_combine(parameters, plan);
         int64_t blocks = ceil_div(plan.heads_q_total * plan.args->seqlen_q, kernel.tile);

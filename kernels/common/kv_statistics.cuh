@@ -194,10 +194,9 @@ struct Sample {
   }
 };
 
-// Sums over the keys first, first + 1, ... of a sample, up to `last`, in s.stats.
-template <typename Shared>
+// Sums over the keys first, first + 1, ... of a sample, up to `last`, in s.stats. kLoads loads are in flight.
+template <int kLoads = 4, typename Shared>
 __device__ __forceinline__ void sample_sums(Shared& s, const Input& in, const Sample& sample, int first, int last) {
-  constexpr int kLoads = 4;  // in flight
   const int channel = 8 * (threadIdx.x % kChunks);
   first += threadIdx.x / kChunks;
   Columns<1> columns;

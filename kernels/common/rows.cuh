@@ -19,7 +19,7 @@ struct RowScale {
 __device__ __forceinline__ RowScale row_scale(uint32_t top, float scale_log2) {
   float amax = low_io(top);
   bool finite = amax < infinity();
-  float inverse = finite && amax >= kTiny ? 127.f / amax : 0.f;
+  float inverse = finite && amax >= kTiny ? ptx::reciprocal_approx(amax * 0x1p-8f) * (127.f * 0x1p-8f) : 0.f;
   return {copysignf(inverse, scale_log2), finite ? amax * (1.f / 127.f) * fabsf(scale_log2) : nan()};
 }
 

@@ -27,11 +27,11 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
 #else
               const int8_t* V8,
 #endif
-              const sagert::VScaleType* VScale, const float* VMean, const int* VFirst, const int* HeadFlags,
-              uint16_t* Out, float* Lse, float scale_log2, int seqlen_q, int seqlen_k, int blocks, int heads_q,
-              int group, int head_dim, int head_dim_v, int tiles, int heads_total, int section, int64_t q_sb,
-              int64_t q_sh, int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss, int64_t o_sd,
-              int q_vec, int o_vec, int write_lse, float* PartOut, float* PartLse, int* NextTile) {
+              const sagert::VScaleType* VScale, const float* VMean, int* VFirst, const int* HeadFlags, uint16_t* Out,
+              float* Lse, float scale_log2, int seqlen_q, int seqlen_k, int blocks, int heads_q, int group,
+              int head_dim, int head_dim_v, int tiles, int heads_total, int section, int64_t q_sb, int64_t q_sh,
+              int64_t q_ss, int64_t q_sd, int64_t o_sb, int64_t o_sh, int64_t o_ss, int64_t o_sd, int q_vec, int o_vec,
+              int write_lse, float* PartOut, float* PartLse, int* NextTile) {
   using namespace sagert;
   extern __shared__ __align__(1024) char raw[];
   // Swizzled tiles must stand on 1024 bytes, which the attribute does not promise for dynamic shared memory.
@@ -64,6 +64,7 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     }
     mbarrier_init_fence();
   }
+  if (kFindsNonfinite && threadIdx.x < kNotes) s.notes[threadIdx.x] = -1;
   if (kHalfSums && threadIdx.x < 32) clear_overflown(s);
   if (kHalfSums && threadIdx.x < 128 * kGroups) s.turns[threadIdx.x] = 1;
   write_ones(s);
@@ -81,6 +82,6 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, 1)
     claim_registers<kConsumerRegisters>();
     Consumer consumer(p, s);
     wait_for_prerequisites();
-    consumer.attend_tiles();
+    for (int next = 0; consumer.begin(next); ++next) consumer.attend();
   }
 }

@@ -253,23 +253,15 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // Zeroes the infinities and NaN of the next block of 16-bit V, which would reach even queries that do not see them;
-  // add_nonfinite() gives them to those that do. The other warpgroups zero the same ones.
-  __device__ __forceinline__ void clear_nonfinite() {
-    constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
-    auto clear = [](uint32_t& pair) {
-      if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
-      if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
-    };
-    uint4* tile = reinterpret_cast<uint4*>(s.v[ring.stage]);
-#pragma unroll 1
-    for (int i = threadIdx.x % 128; i < kVTileBytes / 16; i += 128) {
-      uint4 x = tile[i];
-      clear(x.x), clear(x.y), clear(x.z), clear(x.w);
-      tile[i] = x;
-    }
-    fence_async_shared();
-    named_barrier(threadIdx.x / 128, 128);
+  // Keeps what is not finite in the next block of V from queries that do not see it.
+  __device__ __forceinline__ void hide_nonfinite(int block) {
+    const int group = threadIdx.x / 128;
+    // What another warpgroup has zeroed by now is noted by now.
+    const bool mine = holds_nonfinite(s, ring.stage);
+    if (!named_barrier_or(group, 128, mine || is_noted())) return;
+    note() = turn;
+    clear_nonfinite(s, ring.stage, first_nonfinite(), block * kBlock);
+    named_barrier(group, 128);
   }
 
   // P of the keys from part `part` on, and its product with V.
@@ -316,13 +308,13 @@ struct Consumer : ConsumerBase {
     for (; block >= stop; --block) {
       const float k_scale = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
+      if (kFindsNonfinite && masked > 0) hide_nonfinite(block);
       wgmma_wait<0>();
       pin(scores);
       float c[2];
       if (masked > 0) {
         --masked;
         reduce_masked<kHalf>(c, k_scale, block);
-        if (kV == V::kIo && kCausal && task().v_bad) clear_nonfinite();
         if (kBounded && masked == 0 && bounded()) masked = -1;
       } else if (kBounded && masked < 0) {
         set_scales<kHalf>(c, k_scale);
@@ -399,10 +391,6 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void free_sums() {
     __syncwarp();
     mbarrier_arrive_once(shared_address(&s.empty_sums[thread_index() / 128 - 1]));
-  }
-
-  __device__ __forceinline__ void attend_tiles() {
-    for (int next = 0; begin(next); ++next) attend();
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "leading.cuh"
+#include "nonfinite.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/registers.cuh"
 #include "ptx/shared.cuh"
@@ -166,8 +167,10 @@ struct ConsumerBase {
       if constexpr (kBounded) s.q_bound[r] = score_bound(quantized.scale, quantized.squares, task().k_norm);
     };
     if (p.q_vec) {
+      QuantizedRow rows[2];
+      quantize_rows(p, s, row(), quad(), shift, rows);
 #pragma unroll
-      for (int n = 0; n < 2; ++n) keep(row() + 8 * n, quantize_row(p, s, row() + 8 * n, quad(), shift));
+      for (int n = 0; n < 2; ++n) keep(row() + 8 * n, rows[n]);
     } else {
 #pragma unroll 1
       for (int n = 0; n < 2; ++n) {
@@ -213,33 +216,21 @@ struct ConsumerBase {
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / l[r];
-      if (quad() == 0 && query(r) < p.seqlen_q) {
+      inverse[r] = p.seqlen_k == 0 ? 0.f : reciprocal_approx(l[r]);
+      if ((is_split() || p.write_lse) && quad() == 0 && query(r) < p.seqlen_q) {
         const int64_t place = static_cast<int64_t>(task().head) * p.seqlen_q + query(r);
         const float lse = __log2f(total[r]) + maximum[r], shift = s.q_shift[row() + 8 * r];
         if (is_split()) {
           write_part_lse(place, __log2f(l[r]) + maximum[r], lse, shift);
-        } else if (p.write_lse) {
+        } else {
           p.lse[place] = kLn2 * (lse + shift);
         }
       }
     }
-    const int64_t channels = static_cast<int64_t>(task().head_kv) * kHeadDim + 2 * quad();
-    const float* v_mean = p.v_mean + (kLeadingKeys == 0 ? channels : mean_place() + 2 * quad());
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-      float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
-      if constexpr (kV == V::kFp8) {
-        scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
-      }
-      if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(v_mean + 8 * j));
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        o[4 * j + 2 * r] = fmaf(o[4 * j + 2 * r] * inverse[r], scale.x, mean.x);
-        o[4 * j + 2 * r + 1] = fmaf(o[4 * j + 2 * r + 1] * inverse[r], scale.y, mean.y);
-      }
-    }
-    if (task().v_bad) add_nonfinite();
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= inverse[i / 2 % 2];
+    if constexpr (kV != V::kIo) unscale();
+    if (kFindsNonfinite ? is_noted() : task().v_bad != 0) add_nonfinite();
     if (is_split()) {
       write_part();
       return;
@@ -257,6 +248,23 @@ struct ConsumerBase {
           const int d = 8 * (i / 2) + 2 * quad() + i % 2;
           if (d < p.head_dim_v) place[d * p.o_sd] = static_cast<uint16_t>(to_io2(o[i / 2 * 4 + 2 * r + i % 2], 0.f));
         }
+      }
+    }
+  }
+
+  // O in V's unit: scales of a block are in it already, those of a head are not.
+  __device__ __forceinline__ void unscale() {
+    const int64_t channels = static_cast<int64_t>(task().head_kv) * kHeadDim + 2 * quad();
+    const float* v_mean = p.v_mean + mean_place() + 2 * quad();
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      float2 scale = {1.f, 1.f};
+      if constexpr (kV == V::kFp8) scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
+      const float2 mean = __ldg(reinterpret_cast<const float2*>(v_mean + 8 * j));
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        o[4 * j + i] = fmaf(o[4 * j + i], scale.x, mean.x);
+        o[4 * j + i + 1] = fmaf(o[4 * j + i + 1], scale.y, mean.y);
       }
     }
   }
@@ -314,16 +322,24 @@ struct ConsumerBase {
     }
   }
 
-  // Infinities and NaN of V were left out of V8: each reaches exactly the rows that see its key.
+  // The turn in which V was last found not finite, of the turns that share this one's note.
+  __device__ __forceinline__ volatile int& note() { return s.notes[turn % kNotes]; }
+  __device__ __forceinline__ bool is_noted() { return note() == turn; }
+  __device__ __forceinline__ int* first_nonfinite() const {
+    return p.v_first + static_cast<int64_t>(task().head_kv) * 2 * kHeadDim;
+  }
+
+  // Infinities and NaN of V that were left out: each reaches exactly the rows that see its key.
   __device__ __forceinline__ void add_nonfinite() {
-    const int* first = p.v_first + static_cast<int64_t>(task().head_kv) * 2 * kHeadDim + 2 * quad();
+    const int* place = first_nonfinite() + 2 * quad();
+    auto first = [&](int d) { return kFindsNonfinite ? load_current(place + d) : place[d]; };
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
       const int d = 8 * (i / 4) + i % 2;
       int seen = p.seqlen_k - 1;
       if constexpr (kCausal) seen = min(seen, query(i / 2 % 2));
-      if (first[d] <= seen) o[i] += infinity();
-      if (first[kHeadDim + d] <= seen) o[i] -= infinity();
+      if (first(d) <= seen) o[i] += infinity();
+      if (first(kHeadDim + d) <= seen) o[i] -= infinity();
     }
   }
 };

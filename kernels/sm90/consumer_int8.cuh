@@ -166,6 +166,13 @@ struct Consumer : ConsumerBase {
     }
   }
 
+  // To L1: V's mean, and V of the leading keys.
+  __device__ __forceinline__ void prefetch_leading() const {
+    constexpr int kWords = mean_words(kHeadDim);
+    const int word = thread_index() % 32 * 32;
+    if (word < kWords) prefetch_l1(p.v_mean + mean_place() + word);
+  }
+
   // Adds the leading keys: P in fp32 as their scores give it, times V in 16 bits.
   __device__ __forceinline__ void add_leading() {
     __syncwarp();  // lanes of the same warp have put them there
@@ -246,6 +253,7 @@ struct Consumer : ConsumerBase {
   }
 
   __device__ __forceinline__ void attend() {
+    prefetch_leading();
     maximum(0) = maximum(1) = kLowest;
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
     for (int i = uniform(task().skipped); i > 0; --i) skip_block();
@@ -258,10 +266,6 @@ struct Consumer : ConsumerBase {
       total[r] = EXACT_LSE ? row_sum(exact_sum(r)) : l[r];
     }
     write({maximum(0), maximum(1)}, total);
-  }
-
-  __device__ __forceinline__ void attend_tiles() {
-    for (int next = 0; begin(next); ++next) attend();
   }
 };
 

@@ -190,6 +190,7 @@ struct Params {
   int *VFirst, *HeadFlags;
   int smooth_k, copy_v, v_stats;
 };
+constexpr int kFoundHere = 1, kFoundLater = 2;  // v_stats: who finds where 16-bit V is not finite, if anyone asks
 
 // The part of a job that falls to this block.
 struct Task {
@@ -197,15 +198,23 @@ struct Task {
   int first, last;              // key blocks [first, last)
 };
 
+// Of V that is not finite attention finds where (attention.cu): nothing is found yet.
+__device__ __forceinline__ void clear_findings(const Params& p, int bh) {
+  if (threadIdx.x == 0) p.HeadFlags[2 * bh + 1] = 0;
+  for (int i = threadIdx.x; i < 2 * kHeadDim; i += kThreads)
+    p.VFirst[2 * static_cast<int64_t>(bh) * kHeadDim + i] = kNever;
+}
+
 __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& in, const Task& t) {
   const Sample sample(in.rows);
   KTile tile;
   if (in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + KTile::first_row());
-  sample_sums(s, in, sample, sample.begin(t.rank, t.ranks), sample.begin(t.rank + 1, t.ranks));
+  sample_sums<kSampleLoads>(s, in, sample, sample.begin(t.rank, t.ranks), sample.begin(t.rank + 1, t.ranks));
   if (threadIdx.x == 0) {
     s.bad_keys = p.HeadFlags + 2 * t.bh;
     if (t.rank == 0) *s.bad_keys = 0;  // the cluster's blocks set it behind the barrier
   }
+  if (p.v_stats == kFoundLater && t.rank == 0) clear_findings(p, t.bh);
   cluster_arrive();
   cluster_wait();
   int channel = threadIdx.x;
@@ -276,7 +285,7 @@ __device__ __forceinline__ void write_leading(const Shared& s, const Params& p, 
 }
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
-  if (kQuantizedV || p.v_stats != 0) {
+  if (kQuantizedV || p.v_stats == kFoundHere) {
     column_statistics<kVStats, kVLoadsAtATime>(s, in, t.first * kBlock, min(t.last * kBlock, in.rows));
     VTile tile;
     if (kQuantizedV && in.vectors && t.first < t.last) tile.load(in, (t.last - 1) * kBlock + VTile::first_row());
@@ -304,7 +313,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
       copy_rows(in, t.first * kBlock, t.last * kBlock, p.V8 + static_cast<int64_t>(t.bh) * t.blocks * kTileBytes);
     }
   }
-  if (kQuantizedV || p.v_stats != 0) cluster_wait();
+  if (kQuantizedV || p.v_stats == kFoundHere) cluster_wait();
 }
 
 }  // namespace sagert
@@ -318,6 +327,9 @@ extern "C" __global__ void __launch_bounds__(sagert::kThreads, BLOCKS_PER_SM)
                 int64_t v_ss, int64_t v_sd, int k_vec, int v_vec, int* NextTile) {
   using namespace sagert;
   __shared__ Shared s;
+  // What is in front of this launch may have written the inputs, or still read the workspace. Attention starts behind
+  // that wait: it reads queries before its own.
+  wait_for_prerequisites();
   launch_dependents();
 
   const int cluster = static_cast<int>(cluster_size());

@@ -16,6 +16,7 @@ namespace sagert {
 constexpr int kClusterMax = CLUSTER;
 constexpr int kVStats = !kQuantizedV ? 1 : kInt8V ? 2 : 4;
 constexpr int kVLoadsAtATime = kVStats == 1 ? 8 : 4;  // the other statistics take the registers
+constexpr int kSampleLoads = kQuantizedV ? 4 : 6;     // at a time: with quantized V registers are short
 
 struct alignas(128) Shared {
   union {

@@ -22,43 +22,72 @@ struct QuantizedRow {
   int squares;
 };
 
-// A row whose copy has come. `shift` is K's, or null.
-__device__ __forceinline__ QuantizedRow quantize_row(const Params& p, Shared& s, int r, int quad, const float* shift) {
-  constexpr uint32_t kMagnitude = 0x7fff7fff;  // of two 16-bit floats: they compare as integers
-  // Neighbouring rows are read at different vectors, which lie on different banks.
-  auto vector = [&](int i) { return (i ^ r & 1) * 4 + quad; };
-  uint4 x[kVectors];
-  uint32_t pair = 0;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    x[i] = s.raw[r * (kHeadDim / 8) + vector(i)];
-    pair = __vmaxu2(__vmaxu2(pair, x[i].x & kMagnitude), x[i].y & kMagnitude);
-    pair = __vmaxu2(__vmaxu2(pair, x[i].z & kMagnitude), x[i].w & kMagnitude);
+// Where a lane's vectors of a row are: neighbouring rows are read at different ones, which lie on different banks. Rows
+// 8 apart have the same, and so has the tile that they are written to.
+struct RowVectors {
+  int odd, quad, place;
+
+  __device__ __forceinline__ RowVectors(int row, int lane_of_row) : odd(row & 1), quad(lane_of_row) {
+    place = swizzled<kHeadDim>(odd * 2 + quad / 2, row) * 16 + quad % 2 * 8;
   }
-  const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
-  int squares = 0;
+  __device__ __forceinline__ int vector(int i) const { return i / 2 * 8 + (i % 2 == 0 ? odd : 1 - odd) * 4 + quad; }
+  __device__ __forceinline__ int place_of(int i) const { return place ^ 32 * i; }  // bytes from the row's beginning
+};
+
+// Rows `row` and `row` + 8, whose copies have come, both at a time: one row's steps wait for each other. `shift` is
+// K's, or null.
+__device__ __forceinline__ void quantize_rows(const Params& p, Shared& s, int row, int quad, const float* shift,
+                                              QuantizedRow (&rows)[2]) {
+  const RowVectors vectors(row, quad);
+  uint4 x[2][kVectors];
+  float inverse[2];
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    uint2 packed = {quantize4(x[i].x, x[i].y, scale.inverse), quantize4(x[i].z, x[i].w, scale.inverse)};
-    const int place = swizzled<kHeadDim>(vector(i) / 2, r) * 16 + vector(i) % 2 * 8;
-    *reinterpret_cast<uint2*>(s.q + r * kHeadDim + place) = packed;
-    if constexpr (kBounded) squares = add_squares(packed.x, add_squares(packed.y, squares));
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) x[n][i] = s.raw[(row + 8 * n) * (kHeadDim / 8) + vectors.vector(i)];
   }
-  float product = 0.f;
-  if (shift != nullptr) {
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    // 16-bit floats compare as integers do: as unsigned ones the largest is the largest negative one, if there is any,
+    // as signed ones the largest positive one.
+    uint32_t largest = 0, positive = 0x80008000;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+      const uint4 v = x[n][i];
+      largest = __vmaxu2(__vmaxu2(__vmaxu2(__vmaxu2(largest, v.x), v.y), v.z), v.w);
+      positive = __vmaxs2(__vmaxs2(__vmaxs2(__vmaxs2(positive, v.x), v.y), v.z), v.w);
+    }
+    const uint32_t pair = __vmaxu2(largest & 0x7fff7fff, positive & 0x7fff7fff);
+    const RowScale scale = row_scale(row_max(max(pair & 0xffff, pair >> 16)), p.scale_log2);
+    inverse[n] = scale.inverse;
+    rows[n] = {scale.scale, 0.f, 0};
+  }
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float2 two = __ldg(reinterpret_cast<const float2*>(shift + vector(i) * 8 + 2 * n));
-        product = fmaf(low_io(words[n]), two.x, fmaf(high_io(words[n]), two.y, product));
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint4 v = x[n][i];
+      const uint2 packed = {quantize4(v.x, v.y, inverse[n]), quantize4(v.z, v.w, inverse[n])};
+      *reinterpret_cast<uint2*>(s.q + (row + 8 * n) * kHeadDim + vectors.place_of(i)) = packed;
+      if constexpr (kBounded) rows[n].squares = add_squares(packed.x, add_squares(packed.y, rows[n].squares));
+    }
+    if constexpr (kBounded) rows[n].squares = row_sum(rows[n].squares);
+  }
+  if (shift == nullptr) return;
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    float product = 0.f;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const uint32_t words[4] = {x[n][i].x, x[n][i].y, x[n][i].z, x[n][i].w};
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float2 two = __ldg(reinterpret_cast<const float2*>(shift + vectors.vector(i) * 8 + 2 * m));
+        product = fmaf(low_io(words[m]), two.x, fmaf(high_io(words[m]), two.y, product));
       }
     }
-    product = row_sum(product);
+    rows[n].shift = row_sum(product) * p.scale_log2;
   }
-  if constexpr (kBounded) squares = row_sum(squares);
-  return {scale.scale, product * p.scale_log2, squares};
 }
 
 // The same for any strides and any number of channels, from `row`.

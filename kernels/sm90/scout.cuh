@@ -33,8 +33,7 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   task.k_norm = k_norm;
   if constexpr (kLeadingKeys != 0) task.has_leading = flags.x == 0;
   task.bad_keys = flags.x == 0 ? nullptr : p.k_bad + static_cast<int64_t>(head_kv) * p.blocks * 4;
-  // Without a mask nobody asks where 16-bit V is not finite, and the pre-pass does not say.
-  task.v_bad = kV == V::kIo && !kCausal ? 0 : flags.y;
+  task.v_bad = kV == V::kIo ? 0 : flags.y;
   task.out = tile.head / p.heads_q * p.o_sb + tile.head % p.heads_q * p.o_sh + row * p.o_ss;
 }
 

@@ -38,6 +38,10 @@ constexpr int kHalfBlocks = 256;
 constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
 // May consumers have settled sums at a tile of that many blocks?
 __device__ __forceinline__ bool has_settled_sums(int blocks) { return kHalfSums && blocks > kSettleBlocks; }
+// Infinities and NaN of 16-bit V go through wgmma as they are, and where a mask hides a key from some queries of a
+// block 0 times one of these would be NaN. So consumers look for them there themselves (nonfinite.cuh).
+constexpr bool kFindsNonfinite = kV == V::kIo && kCausal;
+constexpr int kNotes = 8;  // tiles that a warpgroup may be ahead of another one, and more
 constexpr int kThreads = 128 * (kGroups + 1);
 // Registers per thread of the two kinds of warpgroups: together what the launch gives all of them, 128 each.
 constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
@@ -54,7 +58,7 @@ struct Params {
   const TensorMap* v_map;
   const VScaleType* v_scale;
   const float* v_mean;
-  const int* v_first;
+  int* v_first;  // first keys of V that are +inf or NaN, and -inf or NaN; kFindsNonfinite: of those found so far
   const int* head_flags;
   uint16_t* out;
   float* lse;
@@ -135,7 +139,7 @@ struct Task : RoundOfTask<kHalfSums> {
   int end;      // range of the blocks that it sees, from the last one down
   int begin;
   int masked;           // how many of them need masks, the last ones
-  int v_bad;            // the head's V holds an infinity or a NaN
+  int v_bad;            // the head's quantized V lacks an infinity or a NaN
   float k_norm;         // of the head's keys, the largest
   int has_leading;      // kLeadingKeys: K of the head is finite; elsewhere the leading keys are like others
   const int* bad_keys;  // of the head, bits by block and quad, or null
@@ -171,6 +175,7 @@ struct Shared {
   int taken[kHalfSums ? kRoundTiles : 1];                // in this round
   uint32_t overflown[kHalfSums ? kRoundTiles / 32 : 1];  // which of these are to be computed again, a bit each
   int has_overflown;
+  int notes[kFindsNonfinite ? kNotes : 1];  // turns, each of the tile in which V was last found not finite
   uint64_t full[kStages], empty[kStages];
   uint64_t full_q[kGroups], empty_q[kGroups];
   uint64_t full_tile[kTurns], empty_tile[kTurns];

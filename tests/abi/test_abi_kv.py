@@ -105,14 +105,16 @@ def test_both_halves_are_the_one_call(fake_library, stub, tmp_path, capability, 
     if causal or not io:  # then the one call needs all of V's statistics, too
         assert size + workspace == whole_size
     ignored = {*POINTERS, "Lse", "V"}
-    if capability in TILED and io and not causal:
+    # wgmma's attention finds itself where V is not finite; the others' pre-passes say so, where a mask asks.
+    without_v = io and (capability == 100 or (capability in TILED and not causal))
+    if without_v:
         ignored |= {"v_jobs", "v_stats"}
     for (role, mine), (_, theirs) in zip(launches, whole, strict=True):
         assert mine.keys() == theirs.keys()
         skip = set(ignored)
         if "V8" in mine or "VMap" in mine or role == "quantize_kv":
             skip |= {"VMap"} if not reads_v else set()
-        if role in ("kv_stats", "quantize_kv") and capability in TILED and io and not causal:
+        if role in ("kv_stats", "quantize_kv") and without_v:
             skip.add("grid")
             jobs, other = (int(x["grid"]) // int(x["cluster"]) // x.get("parts", 1) for x in (mine, theirs))
             assert jobs == 2 * 2 * 4

@@ -84,13 +84,14 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     for launch in (kv, attend):
         assert (launch["block"], launch["stream"]) == ("256", "0x77")
 
-    v_jobs = not io or causal
-    assert [kv[name] for name in ("v_jobs", "v_stats", "copy_v", "smooth_k")] == [v_jobs, v_jobs, 0, 1]
+    v_jobs = not io
+    v_stats = 1 if v_jobs else 2 if causal else 0  # 2: attention finds where V is not finite
+    assert [kv[name] for name in ("v_jobs", "v_stats", "copy_v", "smooth_k")] == [v_jobs, v_stats, 0, 1]
     jobs = b * hk * (1 + v_jobs)
     cluster = prepass_cluster(jobs, blocks, dp, CLUSTERS[precision])
     assert kv["cluster"] == str(cluster)
     assert int(kv["grid"]) == jobs * cluster
-    assert (kv["dependent"], attend["dependent"], attend["cluster"]) == ("0", "1", "1")
+    assert (kv["dependent"], attend["dependent"], attend["cluster"]) == ("1", "1", "1")
     assert kv["blocks"] == attend["blocks"] == blocks
     assert attend["tiles"] == ceil(s, 128)
     assert attend["heads_total"] == b * h
@@ -122,7 +123,7 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
         sizes |= {"V8": heads * blocks * 128 * dp, "VMean": heads * dp * 4, "VScale": heads * dp * 4}
     if precision == abi.INT8_INT8:
         sizes["VScale"] = heads * blocks * dp * 2
-    if v_jobs:
+    if v_stats:
         sizes["VFirst"] = heads * 2 * dp * 4
     assert all(attend[name] == kv[name] for name in sizes if name in attend)
     places = {name: kv[name] for name in sizes}
@@ -247,7 +248,8 @@ def test_split_keys_in_two_steps(fake_library, stub, tmp_path, precision):
 
 @pytest.mark.parametrize(("driver", "dependent"), [(12000, "0"), (12020, "0"), (12030, "1"), (13000, "1")])
 def test_dependent_launches_need_a_driver_that_can_capture_them(fake_library, stub, tmp_path, driver, dependent):
-    assert run(stub, fake_library, tmp_path, driver=driver)["attention"]["dependent"] == dependent
+    launches = run(stub, fake_library, tmp_path, driver=driver)
+    assert [launches[role]["dependent"] for role in ("quantize_kv", "attention")] == [dependent] * 2
 
 
 @pytest.mark.parametrize(("precision", "large"), [(abi.INT8_FP16, 0), (abi.INT8_INT8, 1)])

@@ -239,7 +239,7 @@ def build(folder: Path, compiler: list[str]) -> Path:
                         (target / f"{symbol}.cubin").write_bytes(data)
                         tile = COMBINE_TILE if role == "combine" else 128 if role == "attention" or cuda else 64
                         shared = row.shared if role == "attention" else 1024
-                        launch = f"{row.cluster}, 1, 0"
+                        launch = f"{row.cluster}, 1, {int(wgmma)}"
                         if role == "combine":
                             launch = "1, 1, 1"
                         if role == "attention":

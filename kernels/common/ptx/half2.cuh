@@ -36,6 +36,12 @@ __device__ __forceinline__ uint32_t bfloat2_multiply(uint32_t a, uint32_t b) {
   return d;
 }
 
+__device__ __forceinline__ uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 __device__ __forceinline__ float half2_low(uint32_t x) {
   float low;
   asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}\n" : "=f"(low) : "r"(x));

@@ -25,6 +25,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// 1 / x, relative error 2^-23, subnormal numbers taken for 0.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two fp32 to e4m3, rounded to nearest even and clamped to +-448; `low` in the low byte.
 __device__ __forceinline__ uint16_t to_e4m3x2(float low, float high) {
   uint16_t packed;

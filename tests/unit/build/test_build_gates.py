@@ -82,6 +82,19 @@ def test_parameters_and_shared_memory(kernels: Path, tmp_path: Path) -> None:
     refused("gate spill: 0 bytes of stack, 8 of local", local=8)
 
 
+def test_dependent_launch(kernels: Path, tmp_path: Path) -> None:
+    """A kernel that may start before what is in front of it ends must wait for that itself (griddepcontrol.wait)."""
+    import dataclasses
+
+    _smaller(kernels)
+    (bundle,) = _build(kernels, tmp_path / "cache")
+    built = next(built for built in bundle.kernels if built.kernel.role == "attention")
+    early = dataclasses.replace(built.kernel, job=dataclasses.replace(built.kernel.job, dependent_launch=True))
+    with pytest.raises(BuildError, match="gate dependent_launch: it may start before .* ends, and never waits"):
+        gates.check(early, built.facts, 166912)
+    gates.check(early, dataclasses.replace(built.facts, sass={**built.facts.sass, "ACQBULK": 1}), 166912)
+
+
 def test_compiler_errors_name_the_kernel(kernels: Path, tmp_path: Path) -> None:
     _smaller(kernels)
     source = kernels / "portable" / "tiny.py"
