@@ -85,6 +85,37 @@ def test_side_stream(served: list[str], device: torch.device) -> None:
         assert torch.equal(got, want), precision
 
 
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_inputs_written_right_before(captured: bool, served: list[str], device: torch.device) -> None:
+    """A call may start while what is in front of it ends: kernels, copies, and calls that use the same workspace."""
+    for precision in served:
+        first, second = tensors(device, seed=1, length=2048), tensors(device, seed=2, length=2048)
+        want = [sagert.attention(*source, precision=precision, is_causal=True) for source in (first, second)]
+        inputs = [torch.empty_like(t) for t in first]
+        found = [torch.empty_like(t) for t in want]
+
+        def write_and_call() -> None:
+            for target, source in zip(inputs, first, strict=True):
+                target.zero_()
+                target.copy_(source)  # by the copy engine
+            sagert.attention(*inputs, precision=precision, is_causal=True, out=found[0])
+            for target, source in zip(inputs, second, strict=True):
+                torch.mul(source, 1, out=target)  # by a kernel, which the call before must not see
+            sagert.attention(*inputs, precision=precision, is_causal=True, out=found[1])
+
+        write_and_call()
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            with torch.cuda.graph(graph):
+                write_and_call()
+        for _ in range(10):
+            for tensor in (*inputs, *found):
+                tensor.fill_(float("nan"))
+            graph.replay() if captured else write_and_call()
+            assert torch.equal(found[0], want[0]), precision
+            assert torch.equal(found[1], want[1]), precision
+
+
 def test_same_bits_every_time(served: list[str], device: torch.device) -> None:
     for precision in served:
         q, k, v = tensors(device, length=1500)
