@@ -43,7 +43,7 @@ def test_placement(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_many_tiles(head_dim: int, dtype: torch.dtype, served: list[str], device: torch.device) -> None:
-    """Under a causal mask, in heads of many tiles: queries that do not see the key, and other heads, keep their bits."""
+    """Under a causal mask, in heads of many tiles: other queries stay finite, and other heads keep their bits."""
     heads, length = 48, 1500
     generator = torch.Generator(device=device).manual_seed(3)
     q, k, v = (torch.randn(1, heads, length, head_dim, generator=generator, device=device).to(dtype) for _ in range(3))

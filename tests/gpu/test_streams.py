@@ -85,33 +85,37 @@ def test_side_stream(served: list[str], device: torch.device) -> None:
         assert torch.equal(got, want), precision
 
 
+def _write_and_call(
+    inputs: list[torch.Tensor], sources: list[list[torch.Tensor]], found: list[torch.Tensor], precision: str
+) -> None:
+    for target, source in zip(inputs, sources[0], strict=True):
+        target.zero_()
+        target.copy_(source)  # by the copy engine
+    sagert.attention(*inputs, precision=precision, is_causal=True, out=found[0])
+    for target, source in zip(inputs, sources[1], strict=True):
+        torch.mul(source, 1, out=target)  # by a kernel, of which the call before must not see anything
+    sagert.attention(*inputs, precision=precision, is_causal=True, out=found[1])
+
+
 @pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
 def test_inputs_written_right_before(captured: bool, served: list[str], device: torch.device) -> None:
     """A call may start while what is in front of it ends: kernels, copies, and calls that use the same workspace."""
     for precision in served:
-        first, second = tensors(device, seed=1, length=2048), tensors(device, seed=2, length=2048)
-        want = [sagert.attention(*source, precision=precision, is_causal=True) for source in (first, second)]
-        inputs = [torch.empty_like(t) for t in first]
-        found = [torch.empty_like(t) for t in want]
-
-        def write_and_call() -> None:
-            for target, source in zip(inputs, first, strict=True):
-                target.zero_()
-                target.copy_(source)  # by the copy engine
-            sagert.attention(*inputs, precision=precision, is_causal=True, out=found[0])
-            for target, source in zip(inputs, second, strict=True):
-                torch.mul(source, 1, out=target)  # by a kernel, which the call before must not see
-            sagert.attention(*inputs, precision=precision, is_causal=True, out=found[1])
-
-        write_and_call()
+        sources = [tensors(device, seed=seed, length=2048) for seed in (1, 2)]
+        want = [sagert.attention(*source, precision=precision, is_causal=True) for source in sources]
+        inputs, found = ([torch.empty_like(t) for t in like] for like in (sources[0], want))
+        _write_and_call(inputs, sources, found, precision)
         graph = torch.cuda.CUDAGraph()
         if captured:
             with torch.cuda.graph(graph):
-                write_and_call()
+                _write_and_call(inputs, sources, found, precision)
         for _ in range(10):
             for tensor in (*inputs, *found):
                 tensor.fill_(float("nan"))
-            graph.replay() if captured else write_and_call()
+            if captured:
+                graph.replay()
+            else:
+                _write_and_call(inputs, sources, found, precision)
             assert torch.equal(found[0], want[0]), precision
             assert torch.equal(found[1], want[1]), precision
 

@@ -90,7 +90,7 @@ def test_dependent_launch(kernels: Path, tmp_path: Path) -> None:
     (bundle,) = _build(kernels, tmp_path / "cache")
     built = next(built for built in bundle.kernels if built.kernel.role == "attention")
     early = dataclasses.replace(built.kernel, job=dataclasses.replace(built.kernel.job, dependent_launch=True))
-    with pytest.raises(BuildError, match="gate dependent_launch: it may start before .* ends, and never waits"):
+    with pytest.raises(BuildError, match=r"gate dependent_launch: it may start before .* ends, and never waits"):
         gates.check(early, built.facts, 166912)
     gates.check(early, dataclasses.replace(built.facts, sass={**built.facts.sass, "ACQBULK": 1}), 166912)
 
