@@ -75,11 +75,12 @@ bool matches_signature(const std::string& list, const char* signature);
 // Type of a pointer parameter in a signature, such as "fp8e4nv"; empty when it has none of that name.
 std::string pointee(const char* signature, const char* name);
 
-// Enqueues a kernel of `kKernels` on the stream. Its grid is `blocks` wide and `parts` high. `may_overlap`: if its launch
-// is a dependent one it may overlap what is in front of it in the stream, of whose results it reads none before its own
-// wait. `cluster`: blocks per cluster, at most the kernel's own number, which 0 stands for.
+// Enqueues a kernel of `kKernels` on the stream. Its grid is `blocks` wide and `parts` high. `may_overlap`: if its
+// launch is a dependent one it may overlap what is in front of it in the stream, of whose results it reads none before
+// its own wait. `cluster`: blocks per cluster, at most the kernel's own number, which 0 stands for.
 void launch(const Driver& driver, CUkernel kernel, const KernelEntry& entry, int64_t blocks,
-            KernelParameters& parameters, void* stream, bool may_overlap = false, int32_t cluster = 0, int64_t parts = 1);
+            KernelParameters& parameters, void* stream, bool may_overlap = false, int32_t cluster = 0,
+            int64_t parts = 1);
 
 // Blocks of a kernel whose blocks take `tiles` in turns: no more than the device runs at a time, whole clusters.
 int64_t persistent_blocks(const Device& device, const KernelEntry& entry, int64_t tiles);
