@@ -256,7 +256,7 @@ struct Consumer : ConsumerBase {
   // Keeps what is not finite in the next block of V from queries that do not see it.
   __device__ __forceinline__ void hide_nonfinite(int block) {
     const int group = threadIdx.x / 128;
-    // What another warpgroup has zeroed by now is noted by now.
+    // What another warpgroup has zeroed is noted before: wgmma is to see that, too, by the fence in clear_nonfinite().
     const bool mine = holds_nonfinite(s, ring.stage);
     if (!named_barrier_or(group, 128, mine || is_noted())) return;
     note() = turn;
