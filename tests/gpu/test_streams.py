@@ -120,6 +120,49 @@ def test_inputs_written_right_before(captured: bool, served: list[str], device: 
             assert torch.equal(found[1], want[1]), precision
 
 
+def _write_on_streams_and_call(
+    inputs: list[torch.Tensor], source: list[torch.Tensor], out: torch.Tensor, precision: str, work: torch.Tensor
+) -> None:
+    """Q, K and V each come from a stream of its own, that of V late; their events are all the call waits for."""
+    current = torch.cuda.current_stream()
+    streams = [current, torch.cuda.Stream(), torch.cuda.Stream()]
+    for stream, target, values in zip(streams, inputs, source, strict=True):
+        if stream is not current:
+            stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            if target is inputs[2]:
+                for _ in range(20):
+                    work @ work
+            target.copy_(values) if target is inputs[1] else torch.mul(values, 1, out=target)
+    for stream in streams[1:]:
+        current.wait_stream(stream)
+    sagert.attention(*inputs, precision=precision, out=out)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_inputs_from_other_streams(captured: bool, served: list[str], device: torch.device) -> None:
+    """A call that may start early still waits for every event in front of it."""
+    work = torch.randn(4096, 4096, device=device)
+    for precision in served:
+        source = tensors(device, seed=7, length=1024)
+        want = sagert.attention(*source, precision=precision)
+        inputs, out = [torch.empty_like(t) for t in source], torch.empty_like(want)
+        _write_on_streams_and_call(inputs, source, out, precision, work)
+        graph = torch.cuda.CUDAGraph()
+        if captured:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                _write_on_streams_and_call(inputs, source, out, precision, work)
+        for _ in range(3):
+            for tensor in (*inputs, out):
+                tensor.fill_(float("nan"))
+            if captured:
+                graph.replay()
+            else:
+                _write_on_streams_and_call(inputs, source, out, precision, work)
+            assert torch.equal(out, want), precision
+
+
 def test_same_bits_every_time(served: list[str], device: torch.device) -> None:
     for precision in served:
         q, k, v = tensors(device, length=1500)
