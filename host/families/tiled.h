@@ -37,8 +37,7 @@ struct Plan : Operands {
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
   bool int4 = false;  // Q and K
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;
-  bool finds_nonfinite =
-      false;  // attention does, in V in 16 bits, so that the pre-pass need not look through all of it
+  bool finds_nonfinite = false;  // attention does, in 16-bit V, so that the pre-pass need not look through all of it
   // Offsets into memory.kv.
   int64_t k8 = 0, k_scale = 0, k_bad = 0, k_shift = 0, k_norm = 0, v8 = 0, v_scale = 0, v_mean = 0, v_first = 0,
           head_flags = 0;
@@ -86,7 +85,7 @@ void pass_quantized(Sink& sink, const Plan& plan) {
   sink.i32("smooth_k", plan.smooth_k);
   sink.i32("v_jobs", plan.v_jobs);
   sink.i32("copy_v", plan.copy_v);
-  sink.i32("v_stats", plan.finds_nonfinite ? 2 : plan.v_stats ? 1 : 0);
+  sink.i32("v_stats", plan.finds_nonfinite ? 2 : plan.v_stats ? 1 : 0);  // kFoundLater, kFoundHere in the pre-pass
 }
 
 // Parameters of every kernel that reads K and V as the caller has them, at the end.
