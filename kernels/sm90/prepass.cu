@@ -10,6 +10,7 @@
 // INT8 V has scales per tile and channel: each 16 pairs of channels as 4 x 4, transposed, so that the four channel
 // pairs of one lane of wgmma's fragment stand together. All statistics are combined in a fixed order: the same input
 // gives the same bits.
+#include "bounded.cuh"
 #include "integers.cuh"
 #include "leading.cuh"
 #include "prepass_statistics.cuh"
@@ -26,6 +27,8 @@
 #endif
 
 namespace sagert {
+
+constexpr bool kBounded = is_bounded_at(kHeadDim);
 
 // ---- Phase 2 ----
 
@@ -105,11 +108,11 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
 
     const int squares = has_special ? write_k_rows<true>(out, offset, tile, shift, inverse, special)
                                     : write_k_rows<false>(out, offset, tile, shift, inverse, special);
-    if constexpr (kNormsOfK) norm = fmaxf(norm, sqrtf(static_cast<float>(squares)) * (group * (1.0f / 127.0f)));
+    if constexpr (kBounded) norm = fmaxf(norm, sqrtf(static_cast<float>(squares)) * (group * (1.0f / 127.0f)));
     fence_async_shared();
     tile = next;
   }
-  if constexpr (kNormsOfK) {
+  if constexpr (kBounded) {
     norm = norm_bound(norm);
     if (lane == 0) atomicMax(&s.norm, __float_as_uint(norm));
   }
@@ -231,7 +234,7 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
     quantize_k(s, in, tile, t.first, t.last, p.K8 + blocks_before * kTileBytes, p.KScale + blocks_before * kKGroups,
                p.KBad + blocks_before * kKGroups);
   }
-  if (kNormsOfK && threadIdx.x == 0) {
+  if (kBounded && threadIdx.x == 0) {
     write_norm(p.KNorm + static_cast<int64_t>(t.bh) * kNormSlots, __uint_as_float(s.norm), t.rank, t.ranks);
   }
   cluster_wait();

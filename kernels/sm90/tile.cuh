@@ -2,7 +2,7 @@
 // What the warps of an attention block share: parameters, order of tiles, shared memory, and its layout for wgmma.
 #pragma once
 
-#include "bounds.cuh"
+#include "bounded.cuh"
 #include "integers.cuh"
 #include "leading.cuh"
 #include "order.cuh"
@@ -29,9 +29,7 @@ constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor 
 constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
 constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
-// Where scores are bounded beforehand, blocks without row maxima. At head_dim 128 the tensor core has no time for more:
-// it is slower without them.
-constexpr bool kBounded = kNormsOfK && kHeadDim == 64;
+constexpr bool kBounded = is_bounded_at(kHeadDim);
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
 // Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
