@@ -102,7 +102,7 @@ def test_both_halves_are_the_one_call(fake_library, stub, tmp_path, capability, 
     assert workspace < whole_size
     io = case["precision"] == abi.INT8_FP16
     causal = bool(case["flags"] & abi.CAUSAL)
-    if causal or not io:  # then the one call needs all of V's statistics, too
+    if causal or not io:  # then the one call has room for all of V's statistics, too
         assert size + workspace == whole_size
     ignored = {*POINTERS, "Lse", "V"}
     # wgmma's attention finds itself where V is not finite; the others' pre-passes say so, where a mask asks.

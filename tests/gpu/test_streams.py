@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,18 @@ def test_side_stream(served: list[str], device: torch.device) -> None:
         assert torch.equal(got, want), precision
 
 
+def _ready(call: Callable[[], None], captured: bool) -> Callable[[], None]:
+    """The call, or the replay of a graph of it; it has run once."""
+    call()
+    if not captured:
+        return call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def _write_and_call(
     inputs: list[torch.Tensor], sources: list[list[torch.Tensor]], found: list[torch.Tensor], precision: str
 ) -> None:
@@ -104,18 +118,11 @@ def test_inputs_written_right_before(captured: bool, served: list[str], device: 
         sources = [tensors(device, seed=seed, length=2048) for seed in (1, 2)]
         want = [sagert.attention(*source, precision=precision, is_causal=True) for source in sources]
         inputs, found = ([torch.empty_like(t) for t in like] for like in (sources[0], want))
-        _write_and_call(inputs, sources, found, precision)
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            with torch.cuda.graph(graph):
-                _write_and_call(inputs, sources, found, precision)
+        run = _ready(partial(_write_and_call, inputs, sources, found, precision), captured)
         for _ in range(10):
             for tensor in (*inputs, *found):
                 tensor.fill_(float("nan"))
-            if captured:
-                graph.replay()
-            else:
-                _write_and_call(inputs, sources, found, precision)
+            run()
             assert torch.equal(found[0], want[0]), precision
             assert torch.equal(found[1], want[1]), precision
 
@@ -147,19 +154,11 @@ def test_inputs_from_other_streams(captured: bool, served: list[str], device: to
         source = tensors(device, seed=7, length=1024)
         want = sagert.attention(*source, precision=precision)
         inputs, out = [torch.empty_like(t) for t in source], torch.empty_like(want)
-        _write_on_streams_and_call(inputs, source, out, precision, work)
-        graph = torch.cuda.CUDAGraph()
-        if captured:
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph):
-                _write_on_streams_and_call(inputs, source, out, precision, work)
+        run = _ready(partial(_write_on_streams_and_call, inputs, source, out, precision, work), captured)
         for _ in range(3):
             for tensor in (*inputs, out):
                 tensor.fill_(float("nan"))
-            if captured:
-                graph.replay()
-            else:
-                _write_on_streams_and_call(inputs, source, out, precision, work)
+            run()
             assert torch.equal(out, want), precision
 
 
