@@ -6,6 +6,7 @@
 #include "consumer_base.cuh"
 #include "exponential.cuh"
 #include "half_sums.cuh"
+#include "joint.cuh"
 #include "ptx/named_barrier.cuh"
 #include "ptx/prefetch.cuh"
 
@@ -301,11 +302,12 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // The blocks from `block` down to `stop`, of which the first `masked` need masks; below 0: none to come needs maxima.
+  // The blocks from `block` down to `stop`, one of `stride`, of which the first `masked` need masks; below 0: none to
+  // come needs maxima.
   template <bool kHalf>
-  __device__ __forceinline__ void attend_run(int& block, int stop, int& masked) {
+  __device__ __forceinline__ void attend_run(int& block, int stop, int stride, int& masked) {
 #pragma unroll 1
-    for (; block >= stop; --block) {
+    for (; block >= stop; block -= stride) {
       const float k_scale = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
       issue_qk(scores);
       if (kFindsNonfinite && masked > 0) hide_nonfinite(block);
@@ -327,18 +329,19 @@ struct Consumer : ConsumerBase {
       pin_first<kWeights>(scores);
       if constexpr (kOnes != 0) take_sums<kHalf>();
       release_block();
+      if (stride > 1) skip_blocks(min(stride - 1, block - static_cast<int>(uniform(task().begin))));
     }
   }
 
   // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
   // the keys; with keys that are not finite every block is masked.
   template <bool kHalf>
-  __device__ __forceinline__ void attend_blocks() {
+  __device__ __forceinline__ void attend_blocks(int stride) {
     int masked = uniform(task().masked);
     const int begin = uniform(task().begin);
     int block = static_cast<int>(uniform(task().end)) - 1;
     if constexpr (!kHalf) {
-      attend_run<kHalf>(block, begin, masked);
+      attend_run<kHalf>(block, begin, stride, masked);
       return;
     }
     half.clear();
@@ -347,7 +350,8 @@ struct Consumer : ConsumerBase {
     int seen = 0, next = 4;
 #pragma unroll 1
     while (block >= begin) {
-      attend_run<kHalf>(block, static_cast<int>(uniform(max(begin, block + 1 + seen - next))), masked);
+      const int stop = max(begin, block + stride * (1 + seen - next));
+      attend_run<kHalf>(block, static_cast<int>(uniform(stop)), stride, masked);
       if (block < begin) break;
       seen = next;
       next = seen < kSettleBlocks ? min(4 * seen, seen + 16) : seen + kSettleBlocks;
@@ -371,11 +375,14 @@ struct Consumer : ConsumerBase {
     for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
     for (float& x : sum) x = 0.f;
-    for (int i = uniform(task().skipped); i > 0; --i) skip_block();
-    if (kHalfSums && uniform(task().in_half()) != 0) {
-      attend_blocks<true>();
+    const int stride = kSharers == 1 ? 1 : uniform(task().stride);
+    skip_blocks(uniform(task().skipped));
+    if (stride > 1) {
+      attend_blocks<kHalfSums>(kSharers);
+    } else if (kHalfSums && uniform(task().in_half()) != 0) {
+      attend_blocks<true>(1);
     } else {
-      attend_blocks<false>();
+      attend_blocks<false>(1);
     }
     if (kHalfSums && has_settled_sums(uniform(task().skipped + task().end - task().begin))) free_sums();
     float total[2];
@@ -384,6 +391,7 @@ struct Consumer : ConsumerBase {
       total[r] = kExactSums ? row_sum(kSums == 1 ? sum[r] : sum[2 * r] + sum[2 * r + 1]) : l[r];
       if constexpr (kOnes == 0) l[r] = total[r];
     }
+    if (stride > 1 && !join(s, o, b, l, total)) return;
     write({-b[0], -b[1]}, total);
   }
 

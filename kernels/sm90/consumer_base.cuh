@@ -83,11 +83,14 @@ struct ConsumerBase {
     ring.advance();
   }
 
-  // A block that the other warpgroups see.
-  __device__ __forceinline__ void skip_block() {
-    wait_for_block();
-    release_block();
-    k_scales -= 4;
+  // Blocks that the other warpgroups see.
+  __device__ __forceinline__ void skip_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      wait_for_block();
+      release_block();
+      k_scales -= 4;
+    }
   }
 
   // Brings O, to which all blocks before have been added, to the present maximum.

@@ -256,7 +256,7 @@ struct Consumer : ConsumerBase {
     prefetch_leading();
     maximum(0) = maximum(1) = kLowest;
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
-    for (int i = uniform(task().skipped); i > 0; --i) skip_block();
+    skip_blocks(uniform(task().skipped));
     attend_blocks();
     if (uniform(task().begin) == 0 && uniform(task().end) != 0 && has_leading()) add_leading();
     float total[2];

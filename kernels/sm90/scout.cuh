@@ -16,20 +16,31 @@ __device__ __forceinline__ int end_of_keys(const Params& p, int row) {
   return kCausal ? min(p.blocks, (row + 63) / kBlock + 1) : p.blocks;
 }
 
+// Of warpgroup `group` at a tile.
+__device__ __forceinline__ int first_query(const Tile& tile, int group) {
+  return tile.joint ? tile.row : tile.row + group * 64;
+}
+
 // What warpgroup `group` has to do at a tile.
 __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, int group, float k_norm, Task& task) {
-  const int head_kv = tile.head / p.group, row = tile.row + group * 64;
+  const int head_kv = tile.head / p.group, row = first_query(tile, group);
   const int2 flags = load_prerequisite(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
   const int end_of_group = end_of_keys(p, row);
-  const int end = row < p.seqlen_q ? max(min(tile.end, end_of_group), tile.begin) : tile.begin;
+  int end = row < p.seqlen_q ? max(min(tile.end, end_of_group), tile.begin) : tile.begin;
   const bool ragged = kCausal ? end == end_of_group : end * kBlock > p.seqlen_k;
+  int masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
+  if (tile.joint) {
+    end -= group;
+    masked = max(masked - group + kSharers - 1, 0) / kSharers;
+  }
   task.head = tile.head;
   task.head_kv = head_kv;
   task.row = row;
   task.skipped = tile.end - end;
+  task.stride = tile.joint ? kSharers : 1;
   task.end = end;
   task.begin = tile.begin;
-  task.masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
+  task.masked = masked;
   task.k_norm = k_norm;
   if constexpr (kLeadingKeys != 0) task.has_leading = flags.x == 0;
   task.bad_keys = flags.x == 0 ? nullptr : p.k_bad + static_cast<int64_t>(head_kv) * p.blocks * 4;
@@ -87,12 +98,13 @@ __device__ __forceinline__ void scout(const Params& p, Shared& s, int group) {
       answer_tile(s, turns);
       continue;
     }
-    const Tile tile = tile_at(p, index);
+    Tile tile = tile_at(p, index);
+    if (place == kAgain) tile.joint = false;  // with sums in fp32
     if (is_taken) {
       mbarrier_wait(shared_address(&s.empty_sums[group]), sums_parity);
       sums_parity ^= 1;
     }
-    if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, tile.row + group * 64);
+    if (p.q_vec) copy_queries(p, s.raw + group * 64 * (kHeadDim / 8), tile.head, first_query(tile, group));
     async_copy_arrive(full);
     wait_for_prerequisites();  // queries do not come from the pre-pass, the flags do
     float k_norm = 0.f;

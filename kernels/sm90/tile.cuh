@@ -33,6 +33,10 @@ constexpr bool kBounded = is_bounded_at(kHeadDim);
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
 // Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
+// Warpgroups that share the keys of a tile with queries for one of them only (joint.cuh), and blocks that are worth it.
+// Other types of V leave no registers, or no stage to be filled while each warpgroup has one.
+constexpr int kSharers = kV == V::kFp8 ? kGroups : 1, kSharedBlocks = 4 * kSharers;
+static_assert(kSharers < kStages, "one block must be on its way");
 constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
 // May consumers have settled sums at a tile of that many blocks?
 __device__ __forceinline__ bool has_settled_sums(int blocks) { return kHalfSums && blocks > kSettleBlocks; }
@@ -82,6 +86,7 @@ struct Tile {
   int row;    // first query
   int begin;  // range of the blocks of keys, of those that the tile sees; a part may have none
   int end;
+  bool joint;  // the warpgroups share its keys
 };
 
 __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
@@ -100,12 +105,16 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   }
   tile.row = position * kRows;
   tile.begin = 0;
-  tile.end = kCausal ? min(p.blocks, (tile.row + kRows - 1) / kBlock + 1) : p.blocks;
+  tile.joint = kSharers > 1 && p.seqlen_q - tile.row <= 64;
+  const int rows = tile.joint ? 64 : kRows;
+  tile.end = kCausal ? min(p.blocks, (tile.row + rows - 1) / kBlock + 1) : p.blocks;
   if (is_split()) {
-    const unsigned blocks = tile.end;
-    tile.begin = static_cast<int>(blocks * blockIdx.y / grid_height());
-    tile.end = static_cast<int>(blocks * (blockIdx.y + 1) / grid_height());
+    const unsigned all = tile.end;
+    tile.begin = static_cast<int>(all * blockIdx.y / grid_height());
+    tile.end = static_cast<int>(all * (blockIdx.y + 1) / grid_height());
   }
+  const int blocks = tile.end - tile.begin;  // the loop for sums in fp32 does not share
+  tile.joint = tile.joint && blocks >= kSharedBlocks && blocks <= kHalfBlocks;
   return tile;
 }
 
@@ -134,6 +143,7 @@ struct Task : RoundOfTask<kHalfSums> {
   int head_kv;
   int row;      // its first query
   int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
+  int stride;   // of the others one of so many is this warpgroup's
   int end;      // range of the blocks that it sees, from the last one down
   int begin;
   int masked;           // how many of them need masks, the last ones
