@@ -8,7 +8,7 @@ from torch import Tensor
 
 # kernels/sm90/exponential.cuh: bit 2 j + r of the pattern stands for keys 8 j .. 8 j + 7 of a block of 128 and for rows
 # 8 r .. 8 r + 7 of each 16.
-_PATTERN = 0x49484948
+_PATTERN = 0x48404840
 _HALF_BIAS = 15.0
 # Of a cubic near 2^(m - 1) on [1, 2], in fp16.
 _COEFFICIENTS = (0.077880859375, -0.00803375244140625, 0.478759765625, 0.451171875)

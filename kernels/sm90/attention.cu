@@ -6,8 +6,9 @@
 // A block is one producer warpgroup and consumer warpgroups of 64 queries each; it stays for many tiles. Of the
 // producer's warps one feeds keys and values (producer.cuh), the others go ahead of a consumer each and see to its next
 // queries (scout.cuh). Three consumers take one block of keys after the other, and one computes while the others wait
-// for the tensor core (consumer.cuh, consumer_int8.cuh). With few tiles combine.cu joins what attention made of parts
-// of the keys. docs/performance/sm90.md has the budget and the measurements.
+// for the tensor core (consumer.cuh, consumer_int8.cuh); a tile with queries for only one of them they may share
+// (joint.cuh). With few tiles combine.cu joins what attention made of parts of the keys. docs/performance/sm90.md has
+// the budget and the measurements.
 #if V8_I8
 #include "consumer_int8.cuh"
 #else

@@ -8,8 +8,8 @@
 namespace sagert {
 
 // Of a thread's 32 pairs in a block of keys, those computed here: a bit each. Pair 2 j + r has keys 8 j + 2 quad +
-// {0, 1} and row r. At head_dim 64 MUFU has the most to do, and a third of them relieves it; at 128 it has not.
-constexpr uint32_t kPolynomialPairs = kV == V::kFp8 && kHeadDim == 64 ? 0x49484948u : 0;
+// {0, 1} and row r. At head_dim 64 MUFU has the most to do, and some of them relieve it; at 128 it has not.
+constexpr uint32_t kPolynomialPairs = kV == V::kFp8 && kHeadDim == 64 ? 0x48404840u : 0;
 constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
 // Is it the first of its row?
 constexpr bool is_first_polynomial(int pair) {

@@ -36,7 +36,7 @@ def test_rows_share_the_polynomial_evenly(head_dim):
     where = is_half(torch.arange(64), range(128, 384), head_dim)
     assert where.shape == (64, 256)
     share = where.float().mean().item()
-    assert share == (10 / 32 if head_dim <= 64 else 0)
+    assert share == (6 / 32 if head_dim <= 64 else 0)
     halves = where.view(4, 2, 8, 256).float().mean((0, 2, 3))
     assert abs(halves[0] - halves[1]) <= 2 / 16
     assert torch.equal(where[:, :128], where[:, 128:])
