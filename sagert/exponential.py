@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exponentials of the wgmma family's int8_fp8, which computes some of them in fp16 by a cubic at head_dim 64."""
+"""Exponentials of the wgmma family's int8_fp8, which computes some of them in fp16 by a cubic."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def exp2_half(x: Tensor) -> Tensor:
     return (bits + mantissas).to(torch.int16).view(torch.float16).float()
 
 
-def is_half(position: Tensor, keys: range, head_dim: int) -> Tensor:
+def is_half(position: Tensor, keys: range) -> Tensor:
     """Which exponentials are computed in fp16: bool [rows, keys], for queries at `position` and keys of a head."""
-    pattern = _PATTERN if head_dim <= 64 else 0
-    table = torch.tensor([pattern >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
+    table = torch.tensor([_PATTERN >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
     tiles = torch.arange(keys.start, keys.stop, device=position.device) % 128 // 8
     return table[2 * tiles[None, :] + (position % 16 // 8)[:, None]]

@@ -226,9 +226,8 @@ def _heads(
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
-                by_pairs = is_half(position, range(keys.start, keys.stop), q.shape[2])
-                if by_pairs.any():
-                    p = torch.where(by_pairs, exp2_half(exponents), p)
+                by_pairs = is_half(position, range(keys.start, keys.stop))
+                p = torch.where(by_pairs, exp2_half(exponents), p)
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
             rounded = rounded * alpha + p.sum(-1, keepdim=True)

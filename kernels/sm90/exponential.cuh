@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Powers of 2 of a pair of scores on the FMA pipes, for those that the MUFU pipe has no time for.
+// Powers of 2 of a pair of scores on the FMA pipes, which relieve the MUFU pipe.
 #pragma once
 
 #include "ptx/half2.cuh"
@@ -8,8 +8,8 @@
 namespace sagert {
 
 // Of a thread's 32 pairs in a block of keys, those computed here: a bit each. Pair 2 j + r has keys 8 j + 2 quad +
-// {0, 1} and row r. At head_dim 64 MUFU has the most to do, and some of them relieve it; at 128 it has not.
-constexpr uint32_t kPolynomialPairs = kV == V::kFp8 && kHeadDim == 64 ? 0x48404840u : 0;
+// {0, 1} and row r. Number and places are what was fastest of those measured.
+constexpr uint32_t kPolynomialPairs = kV == V::kFp8 ? 0x48404840u : 0;
 constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
 // Is it the first of its row?
 constexpr bool is_first_polynomial(int pair) {
