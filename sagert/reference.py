@@ -227,7 +227,7 @@ def _heads(
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
                 by_pairs = is_half(position, range(keys.start, keys.stop))
-                p = torch.where(by_pairs, exp2_half(exponents), p)
+                p[:, by_pairs] = exp2_half(exponents[:, by_pairs])
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()
             rounded = rounded * alpha + p.sum(-1, keepdim=True)

@@ -375,10 +375,10 @@ struct Consumer : ConsumerBase {
     for (int r = 0; r < 2; ++r) q_scale[r] = s.q_scale[row() + 8 * r];
     b[0] = b[1] = -kLowest;
     for (float& x : sum) x = 0.f;
-    const int stride = kSharers == 1 ? 1 : uniform(task().stride);
+    const int stride = kJoins ? uniform(task().stride) : 1;
     skip_blocks(uniform(task().skipped));
     if (stride > 1) {
-      attend_blocks<kHalfSums>(kSharers);
+      attend_blocks<kHalfSums>(kGroups);
     } else if (kHalfSums && uniform(task().in_half()) != 0) {
       attend_blocks<true>(1);
     } else {

@@ -21,10 +21,10 @@ struct JointRoom {
   __device__ __forceinline__ float4& at(int group, int i) const {
     return reinterpret_cast<float4*>(s.q + group * 64 * kHeadDim)[128 * i + thread_index() % 128];
   }
-  static __device__ __forceinline__ void barrier() { named_barrier(kGroups + 1, 128 * kSharers); }
+  static __device__ __forceinline__ void barrier() { named_barrier(kGroups + 1, 128 * kGroups); }
 };
 
-// Brings the sums of all sharers to the first one's o, l and total, and to the least b: exponents are c * score + b.
+// Brings the sums of all warpgroups to the first one's o, l and total, and to the least b: exponents are c * score + b.
 // Says whether this is the first one.
 template <int count>
 __device__ __forceinline__ bool join(Shared& s, float (&o)[count], float (&b)[2], float (&l)[2], float (&total)[2]) {
@@ -37,7 +37,7 @@ __device__ __forceinline__ bool join(Shared& s, float (&o)[count], float (&b)[2]
   room.barrier();
   float least[2] = {b[0], b[1]}, factor[2];
 #pragma unroll
-  for (int g = 0; g < kSharers; ++g) {
+  for (int g = 0; g < kGroups; ++g) {
     least[0] = fminf(least[0], room.at(g, 0).x);
     least[1] = fminf(least[1], room.at(g, 0).y);
   }
@@ -49,7 +49,7 @@ __device__ __forceinline__ bool join(Shared& s, float (&o)[count], float (&b)[2]
   }
   if (group == 0) {
 #pragma unroll
-    for (int g = 0; g < kSharers; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
       const float4 rows = room.at(g, 0), totals = room.at(g, 1);
       const float first = exp2_approx(least[0] - rows.x), second = exp2_approx(least[1] - rows.y);
       l[0] = fmaf(rows.z, first, l[0]);
@@ -76,7 +76,7 @@ __device__ __forceinline__ bool join(Shared& s, float (&o)[count], float (&b)[2]
 #pragma unroll
       for (int n = 0; n < 4; ++n) x[n] *= factor[n / 2];
 #pragma unroll
-      for (int g = 1; g < kSharers; ++g) {
+      for (int g = 1; g < kGroups; ++g) {
         const float4 other = room.at(g, i);
         x[0] += other.x, x[1] += other.y, x[2] += other.z, x[3] += other.w;
       }

@@ -31,13 +31,13 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   int masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
   if (tile.joint) {
     end -= group;
-    masked = max(masked - group + kSharers - 1, 0) / kSharers;
+    masked = max(masked - group + kGroups - 1, 0) / kGroups;
   }
   task.head = tile.head;
   task.head_kv = head_kv;
   task.row = row;
   task.skipped = tile.end - end;
-  task.stride = tile.joint ? kSharers : 1;
+  task.stride = tile.joint ? kGroups : 1;
   task.end = end;
   task.begin = tile.begin;
   task.masked = masked;

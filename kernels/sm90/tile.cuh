@@ -33,10 +33,11 @@ constexpr bool kBounded = is_bounded_at(kHeadDim);
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
 // Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
 constexpr int kHalfBlocks = 256;
-// Warpgroups that share the keys of a tile with queries for one of them only (joint.cuh), and blocks that are worth it.
-// Other types of V leave no registers, or no stage to be filled while each warpgroup has one.
-constexpr int kSharers = kV == V::kFp8 ? kGroups : 1, kSharedBlocks = 4 * kSharers;
-static_assert(kSharers < kStages, "one block must be on its way");
+// Do the warpgroups share the keys of a tile with queries for one of them only (joint.cuh), and how many blocks are
+// worth it? Other types of V leave no registers, or no stage to be filled while each warpgroup has one.
+constexpr bool kJoins = kV == V::kFp8;
+constexpr int kJointBlocks = 4 * kGroups;
+static_assert(!kJoins || kGroups < kStages, "one block must be on its way");
 constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
 // May consumers have settled sums at a tile of that many blocks?
 __device__ __forceinline__ bool has_settled_sums(int blocks) { return kHalfSums && blocks > kSettleBlocks; }
@@ -105,7 +106,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   }
   tile.row = position * kRows;
   tile.begin = 0;
-  tile.joint = kSharers > 1 && p.seqlen_q - tile.row <= 64;
+  tile.joint = kJoins && p.seqlen_q - tile.row <= 64;
   const int rows = tile.joint ? 64 : kRows;
   tile.end = kCausal ? min(p.blocks, (tile.row + rows - 1) / kBlock + 1) : p.blocks;
   if (is_split()) {
@@ -114,7 +115,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     tile.end = static_cast<int>(all * (blockIdx.y + 1) / grid_height());
   }
   const int blocks = tile.end - tile.begin;  // the loop for sums in fp32 does not share
-  tile.joint = tile.joint && blocks >= kSharedBlocks && blocks <= kHalfBlocks;
+  tile.joint = tile.joint && blocks >= kJointBlocks && blocks <= kHalfBlocks;
   return tile;
 }
 
