@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,19 +36,21 @@ def elapsed(call: Call, repeats: int) -> float:
 
 
 def measure(
-    calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 150.0
+    calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 80.0, turns: int = 5
 ) -> dict[str, Timing]:
     """Times every call.
 
     A fast kernel runs into the power limit of its device, and clocks follow with a lag: right behind a frugal contender
-    it runs faster than it can for long, right behind a hungry one slower. So each contender runs for `settle_ms` before
-    its samples, and the contenders take turns twice, the second time in reverse.
+    it runs faster than it can for long, right behind a hungry one slower; whoever comes first meets a device that has
+    rested. So each contender runs for `settle_ms` before its samples, contenders take several turns, in an order drawn
+    anew for each (the same in every run), and a turn in front of those counts for nothing.
 
     Args:
         calls: name -> function that launches the work on the current stream.
-        rounds: samples per call.
+        rounds: samples per call, at least; each turn takes as many.
         sample_ms: how long one sample should last.
         settle_ms: how long a call runs before its samples count.
+        turns: that count.
 
     Returns:
         name -> Timing.
@@ -57,13 +60,15 @@ def measure(
         elapsed(call, 3)  # warms up: loads kernels, fills caches
         repeats[name] = max(1, math.ceil(sample_ms / max(elapsed(call, 3), 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for order in (names, names[::-1]):
-        for name in order:
+    names, draw = list(calls), random.Random(0)
+    for turn in range(turns + 1):
+        draw.shuffle(names)
+        for name in names:
             passed = 0.0
             while passed < settle_ms:
                 passed += elapsed(calls[name], repeats[name]) * repeats[name]
-            samples[name] += [elapsed(calls[name], repeats[name]) for _ in range(math.ceil(rounds / 2))]
+            if turn > 0:
+                samples[name] += [elapsed(calls[name], repeats[name]) for _ in range(math.ceil(rounds / turns))]
     return {name: summary(values) for name, values in samples.items()}
 
 
