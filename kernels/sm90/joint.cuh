@@ -82,6 +82,7 @@ __device__ __forceinline__ bool join(Shared& s, float (&o)[count], float (&b)[2]
       }
     }
   }
+  room.barrier();  // the others' next queries go where the first one has read
   return group == 0;
 }
 
