@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# kernels/sm90/exponential.cuh: bit 2 j + r of the pattern stands for keys 8 j .. 8 j + 7 of a block of 128 and for rows
-# 8 r .. 8 r + 7 of each 16.
-_PATTERN = 0x48404840
+# kernels/sm90/exponential.cuh, of kernels for that many channels: bit 2 j + r of the pattern stands for keys
+# 8 j .. 8 j + 7 of a block of 128 and for rows 8 r .. 8 r + 7 of each 16.
+_PATTERNS = {64: 0x30043004, 128: 0x48404840}
 _HALF_BIAS = 15.0
 # Of a cubic near 2^(m - 1) on [1, 2], in fp16.
 _COEFFICIENTS = (0.077880859375, -0.00803375244140625, 0.478759765625, 0.451171875)
@@ -32,8 +32,9 @@ def exp2_half(x: Tensor) -> Tensor:
     return (bits + mantissas).to(torch.int16).view(torch.float16).float()
 
 
-def is_half(position: Tensor, keys: range) -> Tensor:
+def is_half(position: Tensor, keys: range, head_dim: int) -> Tensor:
     """Which exponentials are computed in fp16: bool [rows, keys], for queries at `position` and keys of a head."""
-    table = torch.tensor([_PATTERN >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
+    pattern = _PATTERNS[64 if head_dim <= 64 else 128]
+    table = torch.tensor([pattern >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
     tiles = torch.arange(keys.start, keys.stop, device=position.device) % 128 // 8
     return table[2 * tiles[None, :] + (position % 16 // 8)[:, None]]

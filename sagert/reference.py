@@ -226,7 +226,7 @@ def _heads(
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
-                by_pairs = is_half(position, range(keys.start, keys.stop))
+                by_pairs = is_half(position, range(keys.start, keys.stop), q.shape[2])
                 p[:, by_pairs] = exp2_half(exponents[:, by_pairs])
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()

@@ -198,7 +198,7 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // Exponentials of some of the scores, and their sums.
+  // Exponentials of some of the scores, and their sums: first those that MUFU is to work off, then those of pairs.
   template <int first, int last>
   __device__ __forceinline__ void exponentiate(const float (&c)[2]) {
     float pair_c[2], pair_b[2];
@@ -208,22 +208,22 @@ struct Consumer : ConsumerBase {
       pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias / kHalfRange);
     }
 #pragma unroll
-    for (int i = first; i < last; i += 2) {
-      const int r = i / 2 % 2;
-      if (is_polynomial(i / 2)) {
-        const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
-        if constexpr (kExactSums) {
-          pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
-        }
-        scores[i] = static_cast<int32_t>(e);
-        continue;
-      }
+    for (int n = first; n < last; ++n) {
+      if (is_polynomial(n / 2)) continue;
+      const int r = n / 2 % 2;
+      const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
+      if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
+      scores[n] = __float_as_int(e);
+    }
 #pragma unroll
-      for (int n = i; n < i + 2; ++n) {
-        const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
-        if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
-        scores[n] = __float_as_int(e);
+    for (int i = first; i < last; i += 2) {
+      if (!is_polynomial(i / 2)) continue;
+      const int r = i / 2 % 2;
+      const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
+      if constexpr (kExactSums) {
+        pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
       }
+      scores[i] = static_cast<int32_t>(e);
     }
     if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
       sum[0] += half2_sum(pair_sum[0]);

@@ -9,7 +9,7 @@ namespace sagert {
 
 // Of a thread's 32 pairs in a block of keys, those computed here: a bit each. Pair 2 j + r has keys 8 j + 2 quad +
 // {0, 1} and row r. Number and places are what was fastest of those measured.
-constexpr uint32_t kPolynomialPairs = kV == V::kFp8 ? 0x48404840u : 0;
+constexpr uint32_t kPolynomialPairs = kV != V::kFp8 ? 0 : kHeadDim == 64 ? 0x30043004u : 0x48404840u;
 constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
 // Is it the first of its row?
 constexpr bool is_first_polynomial(int pair) {

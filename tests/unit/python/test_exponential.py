@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from sagert.exponential import exp2_half, is_half
@@ -30,8 +31,9 @@ def test_integers_are_exact():
     assert torch.equal(exp2_half(x), torch.exp2(x))
 
 
-def test_rows_share_the_polynomial_evenly():
-    where = is_half(torch.arange(64), range(128, 384))
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128])
+def test_rows_share_the_polynomial_evenly(head_dim):
+    where = is_half(torch.arange(64), range(128, 384), head_dim)
     assert where.shape == (64, 256)
     assert where.float().mean().item() == 6 / 32
     halves = where.view(4, 2, 8, 256).float().mean((0, 2, 3))
@@ -41,10 +43,11 @@ def test_rows_share_the_polynomial_evenly():
 
 def test_constants_are_the_kernels():
     text = SOURCE.read_text()
-    pattern = int(re.search(r"kV == V::kFp8 \? (0x\w+?)u : 0;", text)[1], 16)
-    where = is_half(torch.arange(16), range(128))
-    for pair in range(32):
-        assert where[8 * (pair % 2), 8 * (pair // 2)].item() == bool(pattern >> pair & 1)
+    patterns = re.search(r"kHeadDim == 64 \? (0x\w+?)u : (0x\w+?)u;", text).groups()
+    for head_dim, pattern in zip((64, 128), patterns, strict=True):
+        where = is_half(torch.arange(16), range(128), head_dim)
+        for pair in range(32):
+            assert where[8 * (pair % 2), 8 * (pair // 2)].item() == bool(int(pattern, 16) >> pair & 1)
     from sagert import exponential
 
     halves = re.findall(r"0x([0-9a-f]{8})u", "".join(re.findall(r"half2_fma\(.*\)", text)))
