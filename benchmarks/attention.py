@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--causal", choices=("no", "yes", "both"), default="both")
     parser.add_argument("--precisions", default="", help="comma separated; default: all that this device serves")
     parser.add_argument("--rows", nargs="+", default=[], help="these kernel rows of sagert instead of precisions")
-    parser.add_argument("--rounds", type=int, default=15, help="samples per contender")
+    parser.add_argument("--rounds", type=int, default=50, help="samples per contender, of 10 ms or one call")
     parser.add_argument("--quick", action="store_true", help="two shapes, few samples: does everything run?")
     parser.add_argument("--only-sagert", action="store_true", help="leave the other packages out")
     parser.add_argument("--peers", nargs="+", default=[], help="of the other packages those whose names begin so")

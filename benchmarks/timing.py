@@ -36,14 +36,15 @@ def elapsed(call: Call, repeats: int) -> float:
 
 
 def measure(
-    calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 80.0, turns: int = 5
+    calls: dict[str, Call], rounds: int, sample_ms: float = 10.0, settle_ms: float = 100.0, turns: int = 5
 ) -> dict[str, Timing]:
     """Times every call.
 
-    A fast kernel runs into the power limit of its device, and clocks follow with a lag: right behind a frugal contender
-    it runs faster than it can for long, right behind a hungry one slower; whoever comes first meets a device that has
-    rested. So each contender runs for `settle_ms` before its samples, contenders take several turns, in an order drawn
-    anew for each (the same in every run), and a turn in front of those counts for nothing.
+    A fast kernel runs into the power limit of its device, and clocks follow with a lag of up to 100 ms: right behind a
+    frugal contender it runs faster than it can for long, right behind a hungry one slower; whoever comes first meets a
+    device that has rested. Then clocks swing by some 3 % within half a second. So each contender runs for `settle_ms`
+    before its samples, contenders take several turns, in an order drawn anew for each (the same in every run), and a
+    turn in front of those counts for nothing.
 
     Args:
         calls: name -> function that launches the work on the current stream.

@@ -46,18 +46,6 @@ __device__ __forceinline__ T row_sum(T value) {
   return value + __shfl_xor_sync(~0u, value, 2);
 }
 
-// ---- Masks ----
-
-// Bit 2 j + e: key 8 j + 2 quad + e of `keys` ones, at most 128, lies at `limit` or behind it.
-template <int keys>
-__device__ __forceinline__ uint32_t keys_beyond(int limit, int quad) {
-  auto below = [&](int e) {  // how many j have their key before the limit
-    return min(max((limit - 2 * quad - e + 7) >> 3, 0), keys / 8);
-  };
-  uint64_t even = (uint64_t{1} << 2 * below(0)) - 1, odd = (uint64_t{1} << 2 * below(1)) - 1;
-  return ~(static_cast<uint32_t>(even) & 0x55555555u | static_cast<uint32_t>(odd) & 0xaaaaaaaau);
-}
-
 // ---- Output ----
 
 // Stores a row of O in 16 bits; x(j) is the lane's pair of columns 8 j + 2 quad + {0, 1}, in fp32. The 4 lanes of a row

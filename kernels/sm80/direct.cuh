@@ -26,10 +26,11 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     weights[chunk][m][a] = to_io2(two.x, two.y);
   }
 
-  // Adds to O the product of a chunk's weights with 16 channels of the values at `address`.
-  __device__ __forceinline__ void multiply_v(const Weights& w, int unit, uint32_t address) {
+  // Adds to O the product of a chunk's weights with 16 channels of the values `behind` bytes behind `address`.
+  __device__ __forceinline__ void multiply_v(const Weights& w, int unit, uint32_t address, uint32_t behind = 0) {
+    if constexpr (!kSwizzleOnce) address += behind, behind = 0;
     uint32_t fragments[4];
-    load_matrices_transposed(fragments, (address ^ unit % 4 * 32) + unit / 4 * 128);
+    load_matrices_transposed(fragments, (address ^ unit % 4 * 32) + unit / 4 * 128 + behind);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -86,7 +87,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     for (int chunk = 0; chunk + 1 < kChunks; ++chunk) {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        multiply_v(weights[chunk], unit, v_address + chunk * 16 * kVRowBytes);
+        multiply_v(weights[chunk], unit, v_address, chunk * 16 * kVRowBytes);
 #pragma unroll
         for (int i = unit * kPairs / kUnits; i < (unit + 1) * kPairs / kUnits; ++i) weigh(chunk + 1, i);
       }

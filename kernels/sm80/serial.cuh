@@ -39,7 +39,11 @@ struct SerialWarp : Warp {
       Copies::keep_places(p, s, k_lane_at(SAGERT_AT(base, k)), v_lane_at(SAGERT_AT(base, v)));
     }
     float scale[kR];
-    if (!p.q_vec) stage_all(scale);
+    if (p.q_vec) {
+      prefetch_queries();
+    } else {
+      stage_all(scale);
+    }
     int step = s.tile.steps - 1, slot = kNextSlot < 0 ? step : 0;
 #pragma unroll 1
     for (int i = 0; i < kAhead; ++i) {
@@ -53,15 +57,24 @@ struct SerialWarp : Warp {
     __syncwarp();
     Schedule& schedule = *static_cast<Schedule*>(this);
     schedule.start(slot);
-#pragma unroll 1
-    for (; step >= 0 && !(kApart && is_settled(slot)); --step, slot += kNextSlot) {
+    auto wait = [&] {
       async_copy_wait_group<kAhead - 1>();
       __syncthreads();
       if (v_bad) {
         clear_nonfinite(slot);
         __syncthreads();
       }
-      if (sees(step)) {
+    };
+    // Steps that only other warps see; all that follow are this one's, too.
+#pragma unroll 1
+    for (; kUnseenApart && step >= 0 && !sees(step); --step, slot += kNextSlot) {
+      wait();
+      copy_next(step, slot);
+    }
+#pragma unroll 1
+    for (; step >= 0 && !(kApart && is_settled(slot)); --step, slot += kNextSlot) {
+      wait();
+      if (kUnseenApart || sees(step)) {
         schedule.attend_step(step, slot);
       } else {
         copy_next(step, slot);

@@ -40,9 +40,15 @@ constexpr int kVTileBytes = (kRowsOfV ? 2 : 1) * (kStep - kTailKeys) * kHeadDim;
 constexpr bool kBounded = kNormsOfK;  // steps without row maxima, where scores are bounded beforehand
 // They have a loop of their own where registers allow for two.
 constexpr bool kApart = kBounded && kHeadDim == 64;
+// Where they are shortest any branch or loop more makes ptxas spill.
+constexpr bool kFewRegisters = kCausal && kV == V::kInt8 && kHeadDim == 128;
+constexpr bool kUnseenApart = kCausal && !kFewRegisters;  // a tile's first steps, as far as a warp does not see them
 // What a thread's addresses start from stands in shared memory: worked out in every step it takes 20 to 30 instructions
-// more, and registers are short. Without masks at 128 channels the compiler makes slower code of that (505 TF for 533).
-constexpr bool kKeepPlaces = kV == V::kIo && (kCausal || kHeadDim == 64);
+// more, and registers are short.
+constexpr bool kKeepPlaces = kV == V::kIo;
+// Swizzled addresses of a step's first values serve the others, too, with a constant added: 8 instructions less per
+// step. Where that was not faster (5 % slower at 64 channels) ptxas swizzles each chunk's own.
+constexpr bool kSwizzleOnce = kChannels == 128 && !kCausal;
 
 constexpr int kRingBytes = kStages * (kKTileBytes + kVTileBytes), kStagedBytes = 2 * 16 * kWarps * kChannels;
 

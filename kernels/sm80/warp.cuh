@@ -6,6 +6,7 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/load.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/prefetch.cuh"
 #include "queries.cuh"
 
 namespace sagert {
@@ -302,6 +303,16 @@ struct Warp {
     return p.q + s.tile.head / p.heads_q * p.q_sb + s.tile.head % p.heads_q * p.q_sh + s.tile.row * p.q_ss;
   }
 
+  // To L1: the warp's queries, a row for each lane. They are quantized one row of a lane after the other, which would
+  // wait for memory each time.
+  __device__ __forceinline__ void prefetch_queries() const {
+    const int row = first_row() + lane();
+    if (lane() >= 16 * kM || s.tile.row + row >= p.seqlen_q) return;
+    const uint16_t* place = queries() + row * p.q_ss;
+#pragma unroll
+    for (int channel = 0; channel < kChannels; channel += 64) prefetch_l1(place + channel);
+  }
+
   // Quantizes queries that cannot be read as vectors, through shared memory, before anything else is there.
   __device__ __forceinline__ void stage_all(float (&scale)[kR]) {
     uint16_t* staged = reinterpret_cast<uint16_t*>(s.k[0]) + threadIdx.x / 32 * (16 * kChannels);
@@ -454,13 +465,19 @@ struct Warp {
   __device__ __forceinline__ void mask_row(int r, int step, uint32_t bad) {
     int limit = p.seqlen_k - step * kStep;
     if constexpr (kCausal) limit = min(limit, s.tile.row + row() + 8 * r + 1 - step * kStep);
-    const uint32_t hidden = keys_beyond<kStep>(limit, quad());
+    limit -= 2 * quad();  // of this lane's keys
+#pragma unroll
+    for (int n = 0; n < kStep / 4; ++n) {
+      if (n / 2 * 8 + n % 2 >= limit) scores[r / 2][n / 2][r % 2 * 2 + n % 2] = kMasked;
+    }
+    if (!kFewRegisters && !__any_sync(~0u, bad != 0)) return;
     bool undefined = false;
 #pragma unroll
     for (int n = 0; n < kStep / 4; ++n) {
       int& x = scores[r / 2][n / 2][r % 2 * 2 + n % 2];
-      if (bad >> n & ~hidden >> n & 1) undefined = undefined || x >= kMagic;
-      if ((hidden | bad) >> n & 1) x = kMasked;
+      if (!(bad >> n & 1)) continue;
+      undefined = undefined || x >= kMagic;
+      x = kMasked;
     }
     if (undefined) sum[r] = nan();
   }
@@ -471,7 +488,7 @@ struct Warp {
     if (__any_sync(~0u, sum[0] < 0.f)) __nanosleep(1);
   }
 
-  // This lane's keys of a step that hold an infinity or a NaN, bits as in keys_beyond().
+  // This lane's keys of a step that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.
   __device__ __forceinline__ uint32_t bad_keys(int step) const {
     if (!is_bad(0)) return 0;
     const int64_t block = static_cast<int64_t>(s.tile.head / p.group) * p.blocks + step;

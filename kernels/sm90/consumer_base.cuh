@@ -114,7 +114,7 @@ struct ConsumerBase {
     return max(top[0], top[1]);
   }
 
-  // This thread's keys of a block that hold an infinity or a NaN, bits as in keys_beyond().
+  // This thread's keys of a block that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.
   __device__ __forceinline__ uint32_t bad_keys(int block) {
     const int* bad = task().bad_keys;
     return bad == nullptr ? 0 : __ldg(bad + 4 * block + quad());
