@@ -12,12 +12,15 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from build_tools import toolchain
 from build_tools.cubin import Facts
 from build_tools.expand import Job
 
+# Two threads in ast.parse may get SystemError, "recursion depth mismatch" (CPython issue 106905, seen in 3.11.7).
+_PARSING = threading.Lock()
 _INCLUDE = re.compile(rb'^\s*#\s*include\s*[<"]([^">]+)[">]', re.MULTILINE)
 
 
@@ -27,9 +30,14 @@ def default_folder() -> Path:
     return Path(override) if override else Path.home() / ".cache" / "sagert-build"
 
 
+def _parse(data: bytes) -> ast.Module:
+    with _PARSING:
+        return ast.parse(data)
+
+
 def _imports(path: Path) -> list[Path]:
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(_parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -68,7 +76,7 @@ def current_digest(path: Path, kernels: Path) -> str:
 def _content(path: Path) -> bytes:
     """What of a source can matter: of Python, whose line numbers reach no cubin, not the comments and the layout."""
     data = path.read_bytes()
-    return ast.dump(ast.parse(data)).encode() if path.suffix == ".py" else data
+    return ast.dump(_parse(data)).encode() if path.suffix == ".py" else data
 
 
 @functools.cache
