@@ -35,6 +35,7 @@ PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of every family, and what
 INT4_PRECISIONS = ("int4_fp16", "int4_fp8", "int4_int8")  # of the mma family
 TILED = ("wgmma", "mma")  # families that scale K by groups of keys and take V's mean off; CPU tensors run on "portable"
 BLOCKS = {"portable": 128, "wgmma": 128, "mma": 64}  # keys that share scales, or that softmax takes at a time
+WIDE_BLOCK = 128  # of the mma family's int8_int8, where a row has registers for it
 CODES = {"int8": 127.0, "int4": 7.0}  # largest value of Q and K
 FP8_MAX, FP8_MAX_HALF = 448.0, 2.25  # largest value of V in e4m3; times 448 and 64 keys the latter stays within fp16
 LEADING_KEYS = 4  # attention sinks in most models (StreamingLLM, arXiv 2309.17453): see Recipe.exact_leading
@@ -75,6 +76,11 @@ class Recipe(NamedTuple):
         return self.family == "wgmma" and self.pv == "int8"
 
     @property
+    def key_block(self) -> int:
+        """Keys of a block in which groups of them share scales of K, where `tiled`."""
+        return self.block_n if self.precision == "int8_int8" else BLOCKS[self.family]
+
+    @property
     def log2_p(self) -> tuple[float, float]:
         """log2 of P at a row's maximum, and by how much a score may exceed that maximum."""
         if not self.tiled:
@@ -108,7 +114,10 @@ class Queries(NamedTuple):
 def recipe_of(
     precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None, half_sums: bool = False
 ) -> Recipe:
-    """A recipe that has a reference; ValueError for others. P in bytes, and sums in fp16, fix its blocks of keys."""
+    """A recipe that has a reference; ValueError for others.
+
+    P in bytes, and sums in fp16, fix its blocks of keys; the mma family's int8_int8 has rows of either of two.
+    """
     accepted = PRECISIONS + (INT4_PRECISIONS if family == "mma" else ())
     if family not in BLOCKS or precision not in accepted:
         raise ValueError(f"{precision=} in {family=} has no reference: use one of {accepted} in {[*BLOCKS]}")
@@ -116,9 +125,10 @@ def recipe_of(
     if half_sums and (family != "mma" or fixed):
         raise ValueError(f"{precision=} in {family=} does not sum in fp16: leave half_sums out")
     blocks = BLOCKS | ({"portable": V_BLOCK} if fixed else {})
-    return Recipe(
-        precision, smooth_k, family, blocks[family] if fixed or half_sums or not block_n else block_n, half_sums
-    )
+    wide = family == "mma" and precision == "int8_int8" and block_n == WIDE_BLOCK
+    if block_n is None or ((fixed or half_sums) and not wide):
+        block_n = blocks[family]
+    return Recipe(precision, smooth_k, family, block_n, half_sums)
 
 
 def with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -134,7 +144,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     sample = kf[:, sampled_keys(kf.shape[1]).to(kf.device)] if recipe.tiled else kf
     shift = k_shift(sample) if recipe.smooth_k else kf.new_zeros(kf.shape[0], 1, kf.shape[2])
     if recipe.tiled:
-        k8, k_scale = quantize_key_groups(kf - shift, BLOCKS[recipe.family], CODES[recipe.qk])
+        k8, k_scale = quantize_key_groups(kf - shift, recipe.key_block, CODES[recipe.qk])
     else:
         k8, k_scale = quantize_rows(kf - shift, math.inf)
     nan = vf.isnan()

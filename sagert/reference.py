@@ -54,11 +54,12 @@ def attention(
     """Quantized attention.
 
     q [B, H, S, D], k [B, Hk, Sk, D], v [B, Hk, Sk, Dv], fp16 or bf16, any strides, H a multiple of Hk; block_n is the
-    number of keys the online softmax takes at a time (None: the family's), fixed for int8_int8; attn_mask, window and
-    causal_alignment as in `sagert.attention`. `family` is whose recipe to follow: "portable" scales K by rows, visiting
-    keys upwards; "wgmma" scales K by groups of 32 keys, takes V's mean off where it is large, and visits keys downwards
-    (K must be finite there); "mma" too, with groups of 16 keys and blocks of 64, and it alone has INT4 (SageAttention2,
-    arXiv 2411.10958) and half_sums: rows that sum the products of 64 keys in fp16 (SageAttention2++, arXiv 2505.21136).
+    number of keys the online softmax takes at a time (None: the family's), fixed for int8_int8, but 64 (None) or 128 in
+    the "mma" family, whose rows differ; attn_mask, window and causal_alignment as in `sagert.attention`. `family` is
+    whose recipe to follow: "portable" scales K by rows, visiting keys upwards; "wgmma" scales K by groups of 32 keys,
+    takes V's mean off where it is large, and visits keys downwards (K must be finite there); "mma" too, with groups of
+    16 keys and blocks of 64 (or twice that), and it alone has INT4 (SageAttention2, arXiv 2411.10958) and half_sums:
+    rows that sum the products of 64 keys in fp16 (SageAttention2++, arXiv 2505.21136).
     Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]). ValueError for what has no reference.
     """
     recipe = recipe_of(precision, smooth_k, family, block_n, half_sums)

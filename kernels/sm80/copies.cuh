@@ -25,17 +25,17 @@ struct Copies {
   static __device__ __forceinline__ void begin(const Params& p, Shared& s, const Tile& tile) {
     const int64_t head = tile.head / p.group, block = head * p.blocks;
     s.tile = tile;
-    s.head_k = p.k8 + block * kKTileBytes;
+    s.head_k = p.k8 + block * (kKTileBytes / kStepBlocks);
     if constexpr (kInt4) {
       const int64_t queries = static_cast<int64_t>(tile.head) * p.q_blocks + tile.row / p.q_block_rows;
-      s.head_bias = p.bias + queries * p.blocks * kStep;
+      s.head_bias = p.bias + queries * p.blocks * kBlock;
     }
     s.head_k_scale = p.k_scale + block * 4;
     if constexpr (kRowsOfV) {
       const int heads_kv = p.heads_q / p.group;
       s.head_v = p.v + 2 * (head / heads_kv * p.v_sb + head % heads_kv * p.v_sh);
     } else {
-      s.head_v = p.v + block * kStep * kHeadDim;
+      s.head_v = p.v + block * kBlock * kHeadDim;
     }
     if constexpr (kV == V::kInt8) s.head_v_scale = p.v_scale + block * kHeadDim;
   }
@@ -55,8 +55,8 @@ struct Copies {
         make_uint4(shared_address(s.k) + thread * 16, shared_address(s.v) + place_in_rows(thread), k_lane, v_lane);
   }
 
-  // Keys, values and scales of `step` to its slot; zeros in front of the first step. Of 16-bit V the step may lack keys
-  // only where `ragged`: zeros then, too.
+  // Keys, values and scales of `step` to its slot; zeros in front of the first step. The step may lack keys of 16-bit
+  // V, or all of its second block, only where `ragged`: zeros then, too.
   template <bool ragged>
   __device__ __forceinline__ void copy(int step, int slot) const {
     const bool inside = step >= 0;
@@ -67,7 +67,8 @@ struct Copies {
       return;
     }
     const int8_t* k = load_shared_pointer<int8_t>(SAGERT_AT(base, head_k)) + static_cast<int64_t>(step) * kKTileBytes;
-    copy_tile<kKTileBytes>(SAGERT_AT(base, k) + stage * kKTileBytes, k, inside);
+    const bool whole = inside && (!ragged || kStepBlocks == 1 || (step + 1) * kStepBlocks <= p.blocks);
+    copy_tile<kKTileBytes>(SAGERT_AT(base, k) + stage * kKTileBytes, k, inside, whole);
     const int8_t* v = load_shared_pointer<int8_t>(SAGERT_AT(base, head_v));
     const uint32_t v_tile = SAGERT_AT(base, v) + stage * kVTileBytes;
     if constexpr (kRowsOfV) {
@@ -76,7 +77,7 @@ struct Copies {
       v += static_cast<uint64_t>(thread / kVChunks) * stride + thread % kVChunks * 16;
       copy_rows<ragged>(v_tile + place, tail_at(base, slot) + place, v, step);
     } else {
-      copy_tile<kVTileBytes>(v_tile, v + static_cast<int64_t>(step) * kVTileBytes, inside);
+      copy_tile<kVTileBytes>(v_tile, v + static_cast<int64_t>(step) * kVTileBytes, inside, whole);
     }
     if constexpr (kV == V::kInt8) copy_v_scale(step, stage, inside);
     if constexpr (kInt4) copy_bias(step, stage, inside);
@@ -90,23 +91,26 @@ struct Copies {
     auto pointer = [&](int i) {
       return reinterpret_cast<const int8_t*>(static_cast<uint64_t>(source[i + 1]) << 32 | source[i]);
     };
+    static_assert(kStepBlocks == 1, "a step may lack its second block");
     copy_chunks<kKTileBytes>(target[0] + stage * kKTileBytes, pointer(0) + static_cast<int64_t>(step) * kKTileBytes,
-                             step >= 0);
+                             step >= 0, step >= 0);
     copy_rows<ragged>(target[1] + stage * kVTileBytes, target[1] + tail_behind(slot), pointer(2), step);
   }
 
+  // The first of a step's blocks is there where `inside`, all of them where `whole`.
   template <int bytes>
-  __device__ __forceinline__ void copy_tile(uint32_t to, const int8_t* from, bool inside) const {
-    static_assert(bytes % (16 * kThreads) == 0, "uneven copies");
-    copy_chunks<bytes>(to + thread * 16, from + thread * 16, inside);
+  __device__ __forceinline__ void copy_tile(uint32_t to, const int8_t* from, bool inside, bool whole) const {
+    static_assert(bytes % (16 * kThreads * kStepBlocks) == 0, "uneven copies");
+    copy_chunks<bytes>(to + thread * 16, from + thread * 16, inside, whole);
   }
 
   // The same from this thread's first place on.
   template <int bytes>
-  static __device__ __forceinline__ void copy_chunks(uint32_t to, const int8_t* from, bool inside) {
+  static __device__ __forceinline__ void copy_chunks(uint32_t to, const int8_t* from, bool inside, bool whole) {
+    constexpr int kCopies = bytes / (16 * kThreads);
 #pragma unroll
-    for (int i = 0; i < bytes / (16 * kThreads); ++i) {
-      async_copy16(to + i * kThreads * 16, from + i * kThreads * 16, inside);
+    for (int i = 0; i < kCopies; ++i) {
+      async_copy16(to + i * kThreads * 16, from + i * kThreads * 16, i < kCopies / kStepBlocks ? inside : whole);
     }
   }
 
@@ -147,7 +151,8 @@ struct Copies {
   // Scales of a step's values, 16 bytes a thread.
   __device__ __forceinline__ void copy_v_scale(int step, int stage, bool inside) const {
     if (thread < kHeadDim / 8) {
-      const VScaleType* from = load_shared_pointer<VScaleType>(SAGERT_AT(base, head_v_scale)) + step * kHeadDim;
+      const VScaleType* scales = load_shared_pointer<VScaleType>(SAGERT_AT(base, head_v_scale));
+      const VScaleType* from = scales + step * (kStepBlocks * kHeadDim);
       async_copy16(SAGERT_AT(base, v_scale) + (stage * kHeadDim + thread * 8) * 2, from + thread * 8, inside);
     }
   }

@@ -124,16 +124,25 @@ struct FoldWarp : SerialWarp<FoldWarp> {
   // Products of 8 channels, from kRound on, to O. With the row's factor first, what kRound gives is the same for all
   // channels.
   __device__ __forceinline__ void multiply_v(int j, uint32_t address, uint32_t scales, const float (&weight)[kR]) {
-    uint32_t fragments[4];
-    load_matrices(fragments, address + j * 8 * kVRowBytes);
     const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
     constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
     int32_t products[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; ++m) mma_u8s8(products[m], weights[0][m], fragments[0], fragments[1], magic);
+    for (int part = 0; part < kParts; part += 2) {
+      uint32_t fragments[4];
+      load_matrices(fragments, address + part / 2 * (kBlock * kHeadDim) + j * 8 * kVRowBytes);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      mma_u8s8(products[m], weights[1][m], fragments[2], fragments[3], products[m]);
+      for (int m = 0; m < kM; ++m) {
+        if (part == 0) {
+          mma_u8s8(products[m], weights[0][m], fragments[0], fragments[1], magic);
+        } else {
+          mma_u8s8(products[m], weights[part][m], fragments[0], fragments[1], products[m]);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma_u8s8(products[m], weights[part + 1][m], fragments[2], fragments[3], products[m]);
+      }
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -157,7 +166,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     reduce_step(stage, k_scale);
 #pragma unroll
     for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i / 4 % kM, i % 4);
-    if constexpr (kChannels > 64) hold();
+    if constexpr (kChannels > 64 || kStepBlocks > 1) hold();
     int t = threadIdx.x;
     forget(t);
     float weight[kR];

@@ -6,11 +6,14 @@
 // Tiles of kBlock keys are laid out as attention's shared memory has them:
 //   K8 tile [kBlock keys, bytes of a key]: 16-byte chunk c of row r at r * bytes + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, kBlock keys]: chunk c of channel d at kBlock * d + 16 * (c ^ swizzle(d)), each 16 keys in pair order.
-// INT8 V has scales per tile and channel, in the order that write_scales gives them. fp16 V stays in rows of D.
+// INT8 V has scales per tile and channel, in the order that write_scales gives them. fp16 V stays in rows of D. Where
+// kScaleBlocks tiles share their scales, each has them.
+#include "blocks.cuh"
 #include "integers.cuh"
 #include "kv_statistics.cuh"
 #include "kv_tiles.cuh"
 #include "ptx/minmax.cuh"
+#include "ptx/named_barrier.cuh"
 #include "ptx/numeric.cuh"
 
 namespace sagert {
@@ -21,12 +24,14 @@ constexpr int kBlocksPerSm = BLOCKS_PER_SM;
 constexpr float kLargestV = kV == V::kHalf ? 1.0f : ACCUMULATE != 0 ? 2.25f : 448.0f;
 constexpr int kBuffers = kHeadDim > 128 ? 1 : 2;  // of tiles of V
 static_assert(kStepBlocks == 2, "each warp has the keys of one scale of K");
+static_assert(kStepBlocks % kScaleBlocks == 0, "scales are of one step");
 
 struct alignas(128) Shared {
   uint8_t tile[kBuffers][kTiledV ? kStepBlocks * kTileBytes : 16];  // of V
   float shift[kHeadDim], inverse[kHeadDim];
   float stats[kStatsMax][kHeadDim];
   float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
+  uint32_t k_amax[2][kWarps];  // of steps, in turns
   int64_t channel_stride;
   uint32_t norm;  // bits, of this block's keys
 };
@@ -58,6 +63,16 @@ struct KOut {
   int *bad, *head_flags;
 };
 
+// The largest of the warps whose keys' blocks share a scale. `amax` has room for all warps, another in the next call.
+__device__ __forceinline__ uint32_t share_magnitude(uint32_t (&amax)[kWarps], uint32_t own, int warp) {
+  if (threadIdx.x % 32 == 0) amax[warp] = own;
+  named_barrier(1 + warp % kKGroups, 32 * kScaleBlocks);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kScaleBlocks; ++i) largest = max(largest, amax[i * kKGroups + warp % kKGroups]);
+  return largest;
+}
+
 __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& tile, const Task& t, const KOut& out) {
   const int lane = threadIdx.x % 32;
   const int chunk = lane % kChunks;  // of 8 channels
@@ -84,6 +99,7 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
       amax_bits = warp_magnitude(extrema, shift);
       if (bad != 0 && lane == 0) atomicOr(out.head_flags + 2 * bh, 1);
     }
+    if constexpr (kScaleBlocks > 1) amax_bits = share_magnitude(s.k_amax[step & 1], amax_bits, warp);
     const int block = step * kStepBlocks + warp / kKGroups;
     if (block < t.blocks) {
       const float amax = __uint_as_float(amax_bits);
@@ -118,14 +134,15 @@ struct VPointers {
 // Scales of the channels of this thread for the block that its warp has keys of; their inverses in `inverse`.
 __device__ __forceinline__ void scale_block(const Shared& s, int turn, float (&inverse)[kVChannels], bool inside,
                                             VScaleType* scale) {
+  constexpr int kSharing = kVWarps * kScaleBlocks;  // warps
   const int warp = threadIdx.x / 32, channel = kVChannels * (threadIdx.x % 32);
 #pragma unroll
   for (int e = 0; e < kVChannels; ++e) inverse[e] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kVWarps; ++i) {
+  for (int i = 0; i < kSharing; ++i) {
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) {
-      inverse[e] = fmaxf(inverse[e], s.v_amax[turn][warp / kVWarps * kVWarps + i][channel + e]);
+      inverse[e] = fmaxf(inverse[e], s.v_amax[turn][warp / kSharing * kSharing + i][channel + e]);
     }
   }
   uint32_t bits[kVChannels];

@@ -2,6 +2,7 @@
 // What an attention block of the mma.sync family is given and shares: parameters, order of tiles, shared memory.
 #pragma once
 
+#include "blocks.cuh"
 #include "bounds.cuh"
 #include "integers.cuh"
 #include "order.cuh"
@@ -22,15 +23,17 @@ constexpr int kWarps = WARPS;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = ROWS;                   // queries of a tile
 constexpr int kM = kRows / (16 * kWarps);     // fragments of 16 queries of a warp
-constexpr int kStep = 64;                     // keys that a warp takes at a time: a block of K8 and of V8
+constexpr int kBlock = 64;                    // keys of a tile of K8 and of V8
+constexpr int kStepBlocks = kScaleBlocks;     // that a warp takes at a time
+constexpr int kStep = kBlock * kStepBlocks;   // keys
 constexpr int kStepTiles = kStep / 8;         // fragments of 8 keys
 constexpr int kChannelTiles = kChannels / 8;  // and of 8 channels
 // Of the queries' fragments, those of the last channels stand in shared memory where registers are short.
 constexpr int kPartChannels = kInt4 ? 64 : 32;  // of an instruction
 constexpr int kQueryParts = (kChannels + kPartChannels - 1) / kPartChannels;
 constexpr int kQueryPartsShared = QUERY_PARTS_SHARED;
-constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;    // a key's channels stand together, in 16 bits
-constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kStep;  // of a key, or of a channel
+constexpr bool kRowsOfV = kV == V::kIo || kV == V::kHalf;     // a key's channels stand together, in 16 bits
+constexpr int kVRowBytes = kRowsOfV ? 2 * kHeadDim : kBlock;  // of a key, or of a channel
 constexpr int kKRowBytes = k_row_bytes(kHeadDim), kKTileBytes = kStep * kKRowBytes;
 // V that stays in 16 bits: products of a step's last keys are added in the next step, so their values stay longer.
 constexpr int kTailKeys = kV == V::kIo ? 16 : 0, kTails = 4;
@@ -95,7 +98,7 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
     position = index % p.tiles;
   }
   tile.row = position * kRows;
-  tile.steps = p.blocks;
+  tile.steps = (p.blocks + kStepBlocks - 1) / kStepBlocks;
   if constexpr (kCausal) tile.steps = min(tile.steps, (tile.row + kRows - 1) / kStep + 1);
   return tile;
 }

@@ -433,7 +433,7 @@ struct Warp {
     int t = threadIdx.x;
     forget(t);
     const float* scales = load_shared_pointer<float>(SAGERT_AT(base, head_k_scale));
-    return load_early(scales + step * 4 + (t & 3));
+    return load_early(scales + step * (4 * kStepBlocks) + (t & 3));
   }
 
   // Bits of the largest score of a lane's row r.
@@ -491,8 +491,14 @@ struct Warp {
   // This lane's keys of a step that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.
   __device__ __forceinline__ uint32_t bad_keys(int step) const {
     if (!is_bad(0)) return 0;
-    const int64_t block = static_cast<int64_t>(s.tile.head / p.group) * p.blocks + step;
-    return p.k_bad[block * 4 + quad()];
+    uint32_t bad = 0;
+#pragma unroll
+    for (int i = 0; i < kStepBlocks; ++i) {
+      const int block = step * kStepBlocks + i;
+      const int* words = p.k_bad + static_cast<int64_t>(s.tile.head / p.group) * p.blocks * 4 + quad();
+      if (kStepBlocks == 1 || block < p.blocks) bad |= static_cast<uint32_t>(words[block * 4]) << i * (kBlock / 4);
+    }
+    return bad;
   }
 
   // Masks a step that holds the end of the keys, the causal diagonal, or bad keys.

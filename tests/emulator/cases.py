@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sagert import reference
+from sagert import recipes, reference
 from tests.emulator import call
 from tests.gpu import gpu_kit
 
@@ -60,6 +60,7 @@ class Case:
     seed: int = 0
     family: str = "mma"
     half_sums: bool = False  # of a row that sums in fp16
+    wide_blocks: int = 96  # the largest head_dim at which the mma family's int8_int8 scales P by blocks of 128 keys
     scale: float | None = None
 
 
@@ -110,6 +111,8 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
     exact, exact_lse = gpu_kit.exact(q, k, v, case.causal, case.scale)
     options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale}
+    if (case.family, case.precision) == ("mma", "int8_int8") and case.head_dim <= case.wide_blocks:
+        options["block_n"] = recipes.WIDE_BLOCK
     near, near_lse = reference.attention(q, k, v, **options)
     return {
         "finite": float(made.out.isfinite().all() and made.lse.isfinite().all()),

@@ -19,6 +19,7 @@ ROWS = {
     "sm80 int4": ["sm80.mma.int4_fp16", "sm80.mma.int4_int8"],
     "sm86": ["sm86.mma.int8_fp16"],
     "sm89": ["sm89.mma.int8_fp8"],
+    "sm120": ["sm120.mma.int8_int8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
 }
 CHOSEN = {
@@ -29,6 +30,7 @@ CHOSEN = {
     "sm80 int4": {(128, "fp16", False), (64, "bf16", True)},
     "sm86": {(128, "fp16", False), (128, "fp16", True)},
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
+    "sm120": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
 

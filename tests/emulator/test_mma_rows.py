@@ -78,12 +78,22 @@ def test_no_key(rows, precision, causal):
 
 
 @pytest.mark.parametrize(
-    "case", [Case(p, 200, 300, 128, "fp16", c) for p in PRECISIONS for c in (False, True)], ids=str
+    "case",
+    [Case(p, 200, 300, 128, "fp16", c) for p in PRECISIONS for c in (False, True)]
+    + [Case("int8_int8", 200, 300, dim, "bf16", c) for dim, c in ((64, False), (64, True), (96, False))],
+    ids=str,
 )
 def test_bits_do_not_depend_on_the_order_of_warps(rows, case):
     """A missing barrier, or a missing wait for a copy, makes the result a matter of luck."""
     first, *others = (rows.run("sm80", cases.bits, Case(**{**vars(case), "seed": seed})) for seed in (0, 1, 2, 3))
     assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize(("head_dim", "causal"), [(64, False), (64, True), (96, False)])
+@pytest.mark.parametrize("sk", [64, 128, 192, 256, 320, 321])
+def test_numbers_of_blocks(rows, sk, head_dim, causal):
+    """Two blocks of keys are a step, which may lack the second one."""
+    check(rows, Case("int8_int8", 130, sk, head_dim, "bf16", causal, k_mean=2.0, v_mean=1.0))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -110,6 +120,7 @@ def test_large_scores(rows, precision, dtype, causal, head_dim):
         dtype,
         causal,
         factor=30.0,
+        wide_blocks=0 if dtype == "fp16" else 96,  # of fp16 there is the kernel for 128 channels alone
     )
     found = rows.run("sm80", cases.figures, case)
     assert found["finite"], found
@@ -140,3 +151,10 @@ def test_sums_in_fp16(rows, precision, s, sk, causal):
 def test_sums_in_fp16_stay_finite(rows, precision):
     """Whatever V is: its scale and P's bound keep 64 products within fp16."""
     check(rows, Case(precision, 65, 300, 128, "fp16", v_mean=9000.0, factor=0.01, half_sums=True), HALF_SUMS[precision])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("s", "sk"), [(1, 300), (65, 63), (130, 129), (300, 300)])
+def test_wide_blocks_of_wide_rows(rows, s, sk, causal):
+    """Two blocks of keys are a step at head dim 128, too, where a warp has 16 queries."""
+    check(rows, Case("int8_int8", s, sk, 128, "fp16", causal, v_mean=1.0, wide_blocks=128), "sm120")

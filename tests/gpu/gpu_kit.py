@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +216,19 @@ def serving_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool,
 def sums_in_fp16(row: Any) -> bool:
     """Whether a row sums products of P and V in fp16 first: other arithmetic than its family's in fp32."""
     return "pv_sum" in row.quant
+
+
+def block_of(row: Any, head_dim: int) -> int | None:
+    """Keys of a block in which a row scales P; None where P has no scales."""
+    found = re.match(r"row of a block of (\d+)(?: keys, of (\d+) above head_dim (\d+))?", str(row.quant.get("p_scale")))
+    if found is None:
+        return None
+    return int(found[2] if found[3] and head_dim > int(found[3]) else found[1])
+
+
+def arithmetic(row: Any, head_dim: int) -> dict[str, Any]:
+    """Options of `sagert.reference.attention` that make it follow a row."""
+    return {"family": row.family, "half_sums": sums_in_fp16(row), "block_n": block_of(row, head_dim)}
 
 
 def relative_l1(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_kit import relative_l1, serving_row, sums_in_fp16
+from gpu_kit import arithmetic, relative_l1, serving_row
 
 import sagert
 from sagert import reference
@@ -34,9 +34,8 @@ def test_scores_of_any_size(
     plain = sagert.attention(*on_device, is_causal=causal, precision=precision)
     row = serving_row(*on_device, causal, precision)
     assert torch.equal(out, plain)
-    near, near_lse = reference.attention(
-        q, k, v, is_causal=causal, precision=precision, family=row.family, half_sums=sums_in_fp16(row)
-    )
+    options = arithmetic(row, head_dim)
+    near, near_lse = reference.attention(q, k, v, is_causal=causal, precision=precision, **options)
     assert out.isfinite().all()
     assert lse.isfinite().all()
     assert relative_l1(out.cpu(), near) <= NEAR

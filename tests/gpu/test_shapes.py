@@ -10,6 +10,7 @@ import torch
 from gpu_kit import (
     MEMORY,
     Case,
+    arithmetic,
     cases,
     check_errors,
     errors,
@@ -20,7 +21,6 @@ from gpu_kit import (
     randn,
     relative_l1,
     serving_row,
-    sums_in_fp16,
 )
 
 import sagert
@@ -40,10 +40,8 @@ def is_split(case: Case, device: torch.device) -> bool:
 
 
 def reference_output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, precision: str) -> torch.Tensor:
-    row = serving_row(q, k, v, causal, precision)
-    return reference.attention(
-        q, k, v, is_causal=causal, precision=precision, family=row.family, half_sums=sums_in_fp16(row)
-    )[0]
+    options = arithmetic(serving_row(q, k, v, causal, precision), q.shape[3])
+    return reference.attention(q, k, v, is_causal=causal, precision=precision, **options)[0]
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

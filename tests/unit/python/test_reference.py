@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from sagert import quantize, recipes, reference  # noqa: E402
 
 LIMITS = {"int8_fp16": 0.0135, "int8_fp8": 0.039}
+BYTES = [("portable", None), ("wgmma", None), ("mma", None), ("mma", recipes.WIDE_BLOCK)]  # blocks in which P is scaled
 
 
 def make(*shape, dtype=torch.float16, seed=0):
@@ -140,10 +141,10 @@ def test_the_tiled_recipes_are_as_accurate(causal, family):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "dim"), [(1024, 64), (2048, 128)])
-@pytest.mark.parametrize("family", ["portable", *recipes.TILED])
-def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family):
+@pytest.mark.parametrize(("family", "block"), BYTES)
+def test_accuracy_of_integer_pv_on_normal_inputs(dtype, length, dim, family, block):
     q, k, v = (make(1, 1, length, dim, dtype=dtype, seed=seed) for seed in range(3))
-    out, lse = reference.attention(q, k, v, precision="int8_int8", family=family)
+    out, lse = reference.attention(q, k, v, precision="int8_int8", family=family, block_n=block)
     exact, exact_lse = reference.exact_attention(q, k, v)
     assert reference.error_metrics(out, exact)["relative_l1"] <= 0.0158
     torch.testing.assert_close(lse.double(), exact_lse, atol=0.02, rtol=0)
@@ -174,16 +175,16 @@ def test_the_shift_is_the_mean(family):
     torch.testing.assert_close(kv.k_shift, (k + 5).float()[:, keys].mean(1, keepdim=True))
 
 
-@pytest.mark.parametrize("family", recipes.TILED)
+@pytest.mark.parametrize(("family", "block"), [pair for pair in BYTES if pair[0] != "portable"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_integer_pv_is_its_definition(causal, family):
+def test_integer_pv_is_its_definition(causal, family, block):
     """A weighted mean of the dequantized V, weights being bytes times the exponential of their block's row maximum."""
     q, k, v = (make(1, 1, 300, 64, seed=seed) for seed in (3, 4, 5))  # no byte is near a tie
     v = v + torch.arange(64) % 2 * 3
     out, lse = reference.attention(
-        q, k, v, is_causal=causal, precision="int8_int8", family=family, smooth_k=False, scale=0.5
+        q, k, v, is_causal=causal, precision="int8_int8", family=family, block_n=block, smooth_k=False, scale=0.5
     )
-    size = recipes.BLOCKS[family]
+    size = block or recipes.BLOCKS[family]
     q8, q_scale = quantize.quantize_rows(q[0, 0].float(), math.nan)
     q_scale = q_scale * torch.tensor(0.5 * recipes.LOG2E)
     k8, k_scale = quantize.quantize_key_groups(k[0].float(), size)
