@@ -3,6 +3,7 @@
 // multiprocessor's other blocks, compute while it waits. A stage holds the keys and the values of a step.
 #pragma once
 
+#include "nonfinite.cuh"
 #include "warp.cuh"
 
 namespace sagert {
@@ -61,7 +62,7 @@ struct SerialWarp : Warp {
       async_copy_wait_group<kAhead - 1>();
       __syncthreads();
       if (v_bad) {
-        clear_nonfinite(slot);
+        clear_nonfinite(s, slot);
         __syncthreads();
       }
     };

@@ -560,29 +560,6 @@ struct Warp {
     }
   }
 
-  // Zeroes the infinities and NaN of a step's 16-bit V, which would reach even queries that do not see them;
-  // add_nonfinite() gives them to those that do.
-  __device__ __forceinline__ void clear_nonfinite(int slot) {
-    clear_nonfinite<kVTileBytes>(s.v[stage_of(slot)]);
-    if constexpr (kTailKeys != 0) clear_nonfinite<kTailBytes>(s.v_tail[slot & (kTails - 1)]);
-  }
-
-  template <int bytes>
-  static __device__ __forceinline__ void clear_nonfinite(int8_t* values) {
-    constexpr uint32_t kExponent = SAGERT_IO_INFINITY;
-    auto clear = [](uint32_t& pair) {
-      if ((pair & kExponent) == kExponent) pair &= 0xffff0000u;
-      if ((pair >> 16 & kExponent) == kExponent) pair &= 0xffffu;
-    };
-    uint4* vectors = reinterpret_cast<uint4*>(values);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bytes / 16; i += kThreads) {
-      uint4 x = vectors[i];
-      clear(x.x), clear(x.y), clear(x.z), clear(x.w);
-      vectors[i] = x;
-    }
-  }
-
   // Infinities and NaN of V were left out: each reaches exactly the rows that see its key.
   __device__ __forceinline__ void add_nonfinite() {
     const int* first = p.v_first + static_cast<int64_t>(s.tile.head / p.group) * 2 * kHeadDim + 2 * quad();
