@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 # kernels/sm90/exponential.cuh, of kernels for that many channels: bit 2 j + r of the pattern stands for keys
-# 8 j .. 8 j + 7 of a block of 128 and for rows 8 r .. 8 r + 7 of each 16.
+# 8 j .. 8 j + 7 of a block of 128 and for rows 8 r .. 8 r + 7 of each 16. Where steps of keys are a block and a half,
+# the middle one of three blocks is halved, and both halves are as another block's first half.
 _PATTERNS = {64: 0x30043004, 128: 0x48404840}
+BLOCK, HALVING_STEP = 128, 192
 _HALF_BIAS = 15.0
 # Of a cubic near 2^(m - 1) on [1, 2], in fp16.
 _COEFFICIENTS = (0.077880859375, -0.00803375244140625, 0.478759765625, 0.451171875)
@@ -32,9 +34,14 @@ def exp2_half(x: Tensor) -> Tensor:
     return (bits + mantissas).to(torch.int16).view(torch.float16).float()
 
 
-def is_half(position: Tensor, keys: range, head_dim: int) -> Tensor:
-    """Which exponentials are computed in fp16: bool [rows, keys], for queries at `position` and keys of a head."""
+def is_half(position: Tensor, keys: range, head_dim: int, step: int = BLOCK) -> Tensor:
+    """Which exponentials are computed in fp16: bool [rows, keys], for queries at `position` and keys of a head.
+
+    step: keys that softmax takes at a time.
+    """
     pattern = _PATTERNS[64 if head_dim <= 64 else 128]
     table = torch.tensor([pattern >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
-    tiles = torch.arange(keys.start, keys.stop, device=position.device) % 128 // 8
+    places = torch.arange(keys.start, keys.stop, device=position.device)
+    halved = (places // BLOCK % 3 == 1) & (step == HALVING_STEP)
+    tiles = torch.where(halved, places % (BLOCK // 2), places % BLOCK) // 8
     return table[2 * tiles[None, :] + (position % 16 // 8)[:, None]]

@@ -11,8 +11,13 @@ from torch import Tensor
 HALF_KEYS = {"fp16": 16, "fp8": 32}  # whose products a tensor-core instruction adds to a sum in fp16, by V's type
 LOG2_P = math.log2(112.0)  # at a row's maximum, as long as P has not been scaled down
 LARGEST_SUM, SUM_EXPONENT = 16384.0, 12  # of P where it is looked at, and the exponent of a larger one, scaled down
-SETTLE_BLOCKS = 32
-LARGEST_BLOCKS = 256  # that are summed in fp16
+SETTLE_KEYS = 4096  # about as many
+LARGEST_KEYS = 256 * 128  # that are summed in fp16, in whole steps
+
+
+def settle_steps(keys: int) -> int:
+    """Steps of so many keys behind which sums settle. Before that they are looked at behind an eighth, and a half."""
+    return max(8, 8 * round(SETTLE_KEYS / (8 * keys)))
 
 
 def half(x: Tensor) -> Tensor:
@@ -31,12 +36,13 @@ def add_products(total: Tensor, p: Tensor, v: Tensor, keys: int) -> Tensor:
 class HalfOutput:
     """O [N, rows, Dv], and the sums of P [N, rows, 1] that it is divided by."""
 
-    def __init__(self, like: Tensor) -> None:
-        """`like`: a tensor of O's shape."""
+    def __init__(self, like: Tensor, keys: int = 128) -> None:
+        """`like`: a tensor of O's shape; `keys` of a step."""
+        self.settle_steps, self.largest_steps = settle_steps(keys), -(-LARGEST_KEYS // keys)
         self.recent, self.settled = torch.zeros_like(like), torch.zeros_like(like)
         self.sums = torch.zeros_like(like[..., :1])
         self.factor = torch.ones_like(self.sums)  # what `settled` is to be multiplied by
-        self.visited = torch.zeros_like(self.sums)  # blocks
+        self.visited = torch.zeros_like(self.sums)  # steps
 
     def _scale(self, factor: Tensor) -> None:
         self.recent = half(self.recent * factor)
@@ -44,9 +50,9 @@ class HalfOutput:
         self.sums = self.sums * factor
 
     def add(self, alpha: Tensor, p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """Scales by alpha [N, rows, 1] and adds p [N, rows, keys] @ v [N, keys, Dv], a block of keys.
+        """Scales by alpha [N, rows, 1] and adds p [N, rows, keys] @ v [N, keys, Dv], a step of keys.
 
-        seen: bool [N, rows, 1], rows that have a visible key in this block or had one before. Returns by how many
+        seen: bool [N, rows, 1], rows that have a visible key in this step or had one before. Returns by how many
         octaves P is smaller from now on [N, rows, 1]: O and its sums are already.
         """
         self._scale(half(alpha))
@@ -54,8 +60,8 @@ class HalfOutput:
         ones = torch.ones_like(v[..., :1])  # the tensor core adds P up beside P V
         self.sums = self.sums + add_products(torch.zeros_like(self.sums), p, ones, HALF_KEYS["fp8"])
         self.visited = self.visited + seen
-        early = (self.visited == 4) | (self.visited == 16)
-        settles = (self.visited > 0) & (self.visited % SETTLE_BLOCKS == 0)
+        early = (self.visited == self.settle_steps // 8) | (self.visited == self.settle_steps // 2)
+        settles = (self.visited > 0) & (self.visited % self.settle_steps == 0)
         looked_at = early | settles
         beyond = looked_at & (self.sums > LARGEST_SUM)
         steps = torch.where(beyond, torch.frexp(self.sums).exponent - 1.0 - SUM_EXPONENT, 0.0)
@@ -75,4 +81,4 @@ class HalfOutput:
 
     def overflown(self) -> Tensor:
         """Rows that the kernel sums in fp32: those that have left fp16's range, and long ones. Bool [N, rows, 1]."""
-        return ~self.recent.isfinite().all(-1, keepdim=True) | (self.visited > LARGEST_BLOCKS)
+        return ~self.recent.isfinite().all(-1, keepdim=True) | (self.visited > self.largest_steps)

@@ -180,7 +180,7 @@ def _heads(
     acc = qf.new_zeros(n, rows, kv.v.shape[2])
     sees = torch.zeros_like(m, dtype=torch.bool)  # rows with a visible key so far
     positive, negative = torch.zeros_like(acc), torch.zeros_like(acc)  # numbers of such entries seen
-    half = HalfOutput(acc) if recipe.half_output and in_half else None
+    half = HalfOutput(acc, block_n) if recipe.half_output and in_half else None
     if half is not None:
         p_scale = HALF_OUTPUT_LOG2_P
     starts = _starts(seen, s, sk, block_n)
@@ -227,7 +227,7 @@ def _heads(
             exponents = scores - (base - p_scale)
             p = torch.exp2(exponents)
             if recipe.family == "wgmma" and fp8:
-                by_pairs = is_half(position, range(keys.start, keys.stop), q.shape[2])
+                by_pairs = is_half(position, range(keys.start, keys.stop), q.shape[2], block_n)
                 p[:, by_pairs] = exp2_half(exponents[:, by_pairs])
             total = total * alpha + p.sum(-1, keepdim=True)
             p = p.clamp(max=448.0).to(torch.float8_e4m3fn).float() if fp8 else p.to(p_type).float()

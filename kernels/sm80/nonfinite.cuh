@@ -22,8 +22,8 @@ __device__ __forceinline__ void clear_nonfinite(int8_t* values) {
   }
 }
 
-// Zeroes those of a step, which would reach even queries that do not see them; Warp::add_nonfinite() gives them to those
-// that do.
+// Zeroes those of a step, which would reach even queries that do not see them; Warp::add_nonfinite() gives them to
+// those that do.
 __device__ __forceinline__ void clear_nonfinite(Shared& s, int slot) {
   clear_nonfinite<kVTileBytes>(s.v[stage_of(slot)]);
   if constexpr (kTailKeys != 0) clear_nonfinite<kTailBytes>(s.v_tail[slot & (kTails - 1)]);

@@ -24,14 +24,15 @@ constexpr float kLimit = kHalf ? kHalfAtMaximum + kMargin : kLargest;
 // O is divided by the sum of P as it is rounded: with weights that add up to 1 an offset of V is kept. The logarithm of
 // the sum needs the exponentials themselves, which takes one addition for each.
 constexpr bool kExactSums = kOnes == 0 || EXACT_LSE;
-// Parts of a block: P V of one is issued while the next is exponentiated.
+// Parts of a step: P V of one is issued while the next is exponentiated.
 constexpr int kParts = kHeadDim == 64 && kV == V::kIo ? 4 : 2;
 // Where registers are short the compiler must not move exponentials of one part before those of the other.
-constexpr bool kWall = kHeadDim == 128 && (kV == V::kIo || EXACT_LSE);
+template <bool kHalf>
+constexpr bool kWall = kHeadDim == 128 ? kV == V::kIo || EXACT_LSE : kSide != 0 && (!kHalf || EXACT_LSE);
 // Where they are shorter still, the queries' scales stay in shared memory, K's scales have no pointer that stays, and a
 // row has one sum of exponentials.
 template <bool kHalf>
-constexpr bool kFewRegisters = kHeadDim == 128 && kV == V::kFp8 && (!kHalf || EXACT_LSE);
+constexpr bool kFewRegisters = kV == V::kFp8 && (kHeadDim == 128 || kSide != 0) && (!kHalf || EXACT_LSE);
 constexpr int kSums = kFewRegisters<true> ? 1 : 2;
 
 template <int count>
@@ -44,7 +45,8 @@ __device__ __forceinline__ void wgmma_io(float (&d)[count], const uint32_t* a, u
 }
 
 struct Consumer : ConsumerBase {
-  static constexpr int kWeights = kBlock / (kV == V::kIo ? 4 : 8);  // registers of P
+  static constexpr int kWeights = kStep / (kV == V::kIo ? 4 : 8);  // registers of P
+  using Factors = float[kPieces][2];                               // of the exponents, by rows
 
   Scores scores;         // integers, then the exponentials' bits, then, in the first registers, P
   HalfSums half;         // kHalfSums: of P V, in place of o, which they are brought to
@@ -56,9 +58,10 @@ struct Consumer : ConsumerBase {
   using ConsumerBase::ConsumerBase;
 
   template <bool kHalf, int first, int last>
-  __device__ __forceinline__ void issue_pv() {
+  __device__ __forceinline__ void issue_pv(int step) {
     const uint32_t* weights = reinterpret_cast<uint32_t*>(scores);
     const uint64_t b = operand_behind(v_operand, ring.stage * kVStageBytes);
+    const uint64_t side = operand_behind(b, kVSlotBytes + (step & 1) * kSide);
     wgmma_fence();
     if constexpr (kV == V::kIo) {
 #pragma unroll
@@ -68,10 +71,11 @@ struct Consumer : ConsumerBase {
     } else {
 #pragma unroll
       for (int i = first / 32; i < last / 32; ++i) {
+        const uint64_t v = i < kBlock / 32 ? operand_behind(b, 32 * i) : operand_behind(side, 32 * i - kBlock);
         if constexpr (kHalf) {
-          wgmma_e4m3(half.sums, weights + 4 * i, operand_behind(b, 32 * i));
+          wgmma_e4m3(half.sums, weights + 4 * i, v);
         } else {
-          wgmma_e4m3(o, weights + 4 * i, operand_behind(b, 32 * i));
+          wgmma_e4m3(o, weights + 4 * i, v);
         }
       }
     }
@@ -92,39 +96,53 @@ struct Consumer : ConsumerBase {
     return __all_sync(~0u, within);
   }
 
-  // Scales of the exponents of a block that needs no maxima.
+  // Scales of the exponents of a step that needs no maxima.
   template <bool kHalf>
-  __device__ __forceinline__ void set_scales(float (&c)[2], float k_scale) const {
+  __device__ __forceinline__ void set_scales(Factors& c, const float (&k_scale)[kPieces]) const {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) c[r] = scale_of_row<kHalf>(r) * k_scale;
+    for (int i = 0; i < 2 * kPieces; ++i) c[i / 2][i % 2] = scale_of_row<kHalf>(i % 2) * k_scale[i / 2];
   }
 
   // Scales of the exponents. Row maxima are taken on the integers: a thread's keys of a row share one scale. Says
   // whether a maximum has moved.
   template <bool kHalf>
-  __device__ __forceinline__ bool reduce(float (&c)[2], float k_scale) {
-    float top[2];
+  __device__ __forceinline__ bool reduce(Factors& c, const float (&k_scale)[kPieces]) {
+    Factors top;
     set_scales<kHalf>(c, k_scale);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      top[r] = static_cast<float>(row_top(scores, r));
+    for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        top[piece][r] = static_cast<float>(row_top(scores, r, piece));
+      }
     }
-    const bool within = fmaf(top[0], c[0], b[0]) <= kLimit<kHalf> && fmaf(top[1], c[1], b[1]) <= kLimit<kHalf>;
+    auto exponent = [&](int r) {
+      float x = fmaf(top[0][r], c[0][r], b[r]);
+      if constexpr (kSide != 0) x = fmaxf(x, fmaf(top[kPieces - 1][r], c[kPieces - 1][r], b[r]));
+      return x;
+    };
+    const bool within = exponent(0) <= kLimit<kHalf> && exponent(1) <= kLimit<kHalf>;
     if (!__any_sync(~0u, !within)) return false;
     if constexpr (kHalf) {
       advance_maxima(top, c);
     } else {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) advance_maximum<kHalf>(r, top[r] * c[r]);
+      for (int r = 0; r < 2; ++r) advance_maximum<kHalf>(r, largest_of(top, c, r));
     }
     return true;
   }
 
+  // Largest score of row r, scaled.
+  static __device__ __forceinline__ float largest_of(const Factors& top, const Factors& c, int r) {
+    const float x = top[0][r] * c[0][r];
+    return kSide == 0 ? x : fmaxf(x, top[kPieces - 1][r] * c[kPieces - 1][r]);
+  }
+
   // Both rows at a time: scaling sums in fp16 takes no longer than finding out whether that is needed.
-  __device__ __forceinline__ void advance_maxima(const float (&top)[2], const float (&c)[2]) {
+  __device__ __forceinline__ void advance_maxima(const Factors& top, const Factors& c) {
     float x[2], alpha[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) x[r] = quad_max(top[r] * c[r]);
+    for (int r = 0; r < 2; ++r) x[r] = quad_max(largest_of(top, c, r));
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float next = x[r] + b[r] <= kLimit<true> ? b[r] : kHalfAtMaximum - x[r];
@@ -176,42 +194,57 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // The same for a block with masks.
+  // The same for a step with masks.
   template <bool kHalf>
-  __device__ __forceinline__ void reduce_masked(float (&c)[2], float k_scale, int block) {
-    const uint32_t bad = bad_keys(block);
+  __device__ __forceinline__ void reduce_masked(Factors& c, const float (&k_scale)[kPieces], int step) {
+    uint32_t bad = bad_keys(step);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      bool undefined;
-      const int top = mask_row(scores, r, block, bad, undefined);
-      c[r] = scale_of_row<kHalf>(r) * k_scale;
-      advance_maximum<kHalf>(r, top == kMasked ? kLowest : static_cast<float>(top) * c[r]);
+      bool undefined = false;
+      float largest = kLowest;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if constexpr (kSide != 0) bad = bad_keys(step, piece);  // anew: registers are short
+        const int top = mask_row(scores, r, step, bad, undefined, piece);
+        c[piece][r] = scale_of_row<kHalf>(r) * k_scale[piece];
+        if (kSide != 0 && first_key(step, piece) >= p.seqlen_k) c[piece][r] = 1.f;  // there may be no scale
+        const float x = top == kMasked ? kLowest : static_cast<float>(top) * c[piece][r];
+        largest = kSide == 0 ? x : fmaxf(largest, x);
+        if (kSide != 0 && undefined) c[piece][r] = nan();
+      }
+      advance_maximum<kHalf>(r, largest);
       // The exponent of a masked score must vanish beside b: with a tiny scale the scores move to a coarser one, whose
       // step is far below fp32's resolution of b.
       float c_min = fmaf(fmaxf(b[r], 0.f), 0x1p-30f, 0x1p-22f);
-      if (c[r] < c_min) {
-        coarsen_row(scores, r, c[r] / c_min);
-        c[r] = c_min;
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (c[piece][r] < c_min) {
+          coarsen_row(scores, r, c[piece][r] / c_min, piece);
+          c[piece][r] = c_min;
+        }
+        pin(scores);
       }
-      pin(scores);
-      if (undefined) c[r] = nan();
+      if (kSide == 0 && undefined) c[0][r] = nan();
     }
   }
 
   // Exponentials of some of the scores, and their sums: first those that MUFU is to work off, then those of pairs.
   template <int first, int last>
-  __device__ __forceinline__ void exponentiate(const float (&c)[2]) {
-    float pair_c[2], pair_b[2];
+  __device__ __forceinline__ void exponentiate(const Factors& c) {
+    constexpr int kPiece = kBlock / 2;  // registers of the first piece
+    Factors pair_c;
+    float pair_b[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      pair_c[r] = c[r] * (1.f / kHalfRange);
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece) pair_c[piece][r] = c[piece][r] * (1.f / kHalfRange);
       pair_b[r] = fmaf(b[r], 1.f / kHalfRange, kHalfBias / kHalfRange);
     }
 #pragma unroll
     for (int n = first; n < last; ++n) {
       if (is_polynomial(n / 2)) continue;
       const int r = n / 2 % 2;
-      const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[r], b[r]));
+      const float e = exp2_approx(fmaf(static_cast<float>(scores[n]), c[n / kPiece][r], b[r]));
       if constexpr (kExactSums) sum[kSums * r + n % kSums] += e;
       scores[n] = __float_as_int(e);
     }
@@ -219,13 +252,13 @@ struct Consumer : ConsumerBase {
     for (int i = first; i < last; i += 2) {
       if (!is_polynomial(i / 2)) continue;
       const int r = i / 2 % 2;
-      const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[r], pair_b[r]);
+      const uint32_t e = exp2_pair(scores[i], scores[i + 1], pair_c[i / kPiece][r], pair_b[r]);
       if constexpr (kExactSums) {
         pair_sum[r] = is_first_polynomial(i / 2) ? e : half2_add(pair_sum[r], e);
       }
       scores[i] = static_cast<int32_t>(e);
     }
-    if constexpr (kExactSums && kPolynomialPairs != 0 && last == kBlock / 2) {
+    if constexpr (kExactSums && kPolynomialPairs != 0 && last == kStep / 2) {
       sum[0] += half2_sum(pair_sum[0]);
       sum[kSums] += half2_sum(pair_sum[1]);
     }
@@ -267,15 +300,15 @@ struct Consumer : ConsumerBase {
 
   // P of the keys from part `part` on, and its product with V.
   template <bool kHalf, int part>
-  __device__ __forceinline__ void weigh(const float (&c)[2]) {
-    constexpr int first = part * kBlock / kParts, last = (part + 1) * kBlock / kParts;
+  __device__ __forceinline__ void weigh(const Factors& c, int step) {
+    constexpr int first = part * kStep / kParts, last = (part + 1) * kStep / kParts;
     exponentiate<first / 2, last / 2>(c);
     pack<first, last>();
-    if constexpr (part == 0 && kWall) wait_for_block();  // it has come: this is no more than a branch
+    if constexpr (part == 0 && kWall<kHalf>) wait_for_block();  // it has come: this is no more than a branch
     pin_first<kWeights*(part + 1) / kParts>(scores);
     if constexpr (part == 0) pin_sums<kHalf>();
-    issue_pv<kHalf, first, last>();
-    if constexpr (part + 1 < kParts) weigh<kHalf, part + 1>(c);
+    issue_pv<kHalf, first, last>(step);
+    if constexpr (part + 1 < kParts) weigh<kHalf, part + 1>(c, step);
   }
 
   template <bool kHalf>
@@ -302,18 +335,24 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // The blocks from `block` down to `stop`, one of `stride`, of which the first `masked` need masks; below 0: none to
+  // The steps from `block` down to `stop`, one of `stride`, of which the first `masked` need masks; below 0: none to
   // come needs maxima.
   template <bool kHalf>
   __device__ __forceinline__ void attend_run(int& block, int stop, int stride, int& masked) {
+    const uint32_t head_scales = kSide == 0 ? 0 : head_k_scales();
 #pragma unroll 1
     for (; block >= stop; block -= stride) {
-      const float k_scale = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
+      float k_scale[kPieces];
+      if constexpr (kSide != 0) {
+        k_scales_at(head_scales, block, k_scale);
+      } else {
+        k_scale[0] = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
+      }
       issue_qk(scores);
       if (kFindsNonfinite && masked > 0) hide_nonfinite(block);
       wgmma_wait<0>();
       pin(scores);
-      float c[2];
+      Factors c;
       if (masked > 0) {
         --masked;
         reduce_masked<kHalf>(c, k_scale, block);
@@ -323,7 +362,7 @@ struct Consumer : ConsumerBase {
       } else if (reduce<kHalf>(c, k_scale) && bounded()) {
         masked = -1;
       }
-      weigh<kHalf, 0>(c);
+      weigh<kHalf, 0>(c, block);
       wgmma_wait<0>();
       pin_sums<kHalf>();
       pin_first<kWeights>(scores);
@@ -333,8 +372,8 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // All blocks this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
-  // the keys; with keys that are not finite every block is masked.
+  // All steps this warpgroup sees, from the last one down. The first one may hold the causal diagonal or the end of
+  // the keys; with keys that are not finite every step is masked.
   template <bool kHalf>
   __device__ __forceinline__ void attend_blocks(int stride) {
     int masked = uniform(task().masked);
@@ -345,21 +384,22 @@ struct Consumer : ConsumerBase {
       return;
     }
     half.clear();
-    // Sums are looked at behind 4, 16, 32, 64, 96, ... blocks. One block's cannot be too large.
-    static_assert(kBlock * 112 < kLargestSum);
-    int seen = 0, next = 4;
+    // Sums are looked at behind 4, 16, 32, 64, 96, ... steps, or 3, 12, 24, 48, ...; the first P cannot be too large.
+    constexpr int kFirstLook = kSettleSteps / 8;
+    static_assert(kFirstLook * kStep * 112 < 65504);
+    int seen = 0, next = kFirstLook;
 #pragma unroll 1
     while (block >= begin) {
       const int stop = max(begin, block + stride * (1 + seen - next));
       attend_run<kHalf>(block, static_cast<int>(uniform(stop)), stride, masked);
       if (block < begin) break;
       seen = next;
-      next = seen < kSettleBlocks ? min(4 * seen, seen + 16) : seen + kSettleBlocks;
+      next = seen < kSettleSteps ? min(4 * seen, seen + kSettleSteps / 2) : seen + kSettleSteps;
       bound_sums();
-      if (seen % kSettleBlocks == 0) half.settle(s, seen == kSettleBlocks);
+      if (seen % kSettleSteps == 0) half.settle(s, seen == kSettleSteps);
     }
     if (__any_sync(~0u, half.has_overflown())) tell_overflow(s, task().place());
-    half.read(o, s, seen >= kSettleBlocks);
+    half.read(o, s, seen >= kSettleSteps);
   }
 
   // To L1: the epilogue's scales and means of V, in lines of 32 channels.

@@ -20,15 +20,15 @@ namespace sagert {
 constexpr int kMasked = -2147483647 - 1;  // score of a key that a query does not see
 
 struct ConsumerBase {
-  using Scores = int32_t[kBlock / 2];
+  using Scores = int32_t[kStep / 2];  // the whole block's first
 
   const Params& p;
   Shared& s;
-  Ring<kStages> ring;                        // the block that comes next
+  Ring<kStages> ring;                        // the step that comes next
   uint64_t q_operand, k_operand, v_operand;  // wgmma's descriptors of Q and of the first stages
-  const float* k_scales;
-  int turn;    // which tile of this thread block, counted from 0; unless kHalfSums
-  float l[2];  // sums of P
+  const float* k_scales;                     // of the next block; unless kSide
+  int turn;                                  // which tile of this thread block, counted from 0; unless kHalfSums
+  float l[2];                                // sums of P
   float o[kHeadDim / 2 + kOnes / 2];
 
   __device__ __forceinline__ ConsumerBase(const Params& params, Shared& shared) : p(params), s(shared) {
@@ -52,13 +52,24 @@ struct ConsumerBase {
     return static_cast<uint64_t>(upper) << 32 | uniform(static_cast<uint32_t>(descriptor));
   }
 
-  // K and V of the next block are there.
+  // K and V of the next step are there.
   __device__ __forceinline__ void wait_for_block() { mbarrier_wait(shared_address(&s.full[ring.stage]), ring.parity); }
   // Scale of this thread's keys of the next block, counting down.
   __device__ __forceinline__ float next_k_scale() {
     float scale = __ldg(k_scales);
     k_scales -= 4;
     return scale;
+  }
+  // Where the scales of this thread's keys of a head's blocks begin: a pointer would take two registers.
+  __device__ __forceinline__ uint32_t head_k_scales() const {
+    return static_cast<uint32_t>(task().head_kv) * p.blocks * 4 + quad();
+  }
+  // Those of a step's pieces. The last step may lack a block, but not what is behind the scales in memory: masks see to
+  // what that is.
+  __device__ __forceinline__ void k_scales_at(uint32_t head, int step, float (&scales)[kPieces]) const {
+    const uint32_t side = head + 4 * side_block(step);
+    scales[0] = __ldg(p.k_scale + (side + ((step & 1) * 8 - 4)));
+    scales[kPieces - 1] = __ldg(p.k_scale + side);
   }
 
   // The same of a block, without a pointer that stays.
@@ -68,7 +79,7 @@ struct ConsumerBase {
 
   __device__ __forceinline__ void issue_qk(Scores& scores) {
     wait_for_block();
-    const uint64_t b = operand_behind(k_operand, ring.stage * kTileBytes);
+    const uint64_t b = operand_behind(k_operand, ring.stage * kKStageBytes);
     wgmma_fence();
     wgmma_s8<0>(scores, q_operand, b);
 #pragma unroll
@@ -89,7 +100,7 @@ struct ConsumerBase {
     for (; count > 0; --count) {
       wait_for_block();
       release_block();
-      k_scales -= 4;
+      if constexpr (kSide == 0) k_scales -= 4;
     }
   }
 
@@ -101,55 +112,62 @@ struct ConsumerBase {
     }
   }
 
-  // Largest of this thread's integer scores of row r.
-  static __device__ __forceinline__ int row_top(const Scores& scores, int r) {
+  // Largest of this thread's integer scores of row r in a piece.
+  static __device__ __forceinline__ int row_top(const Scores& scores, int r, int piece = 0) {
     int top[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int* x = scores + 32 * half + 2 * r;
+    for (int half = 0; half < (piece == 0 ? 2 : 1); ++half) {
+      const int* x = scores + kBlock / 2 * piece + 32 * half + 2 * r;
       top[half] = max(x[0], x[1]);
 #pragma unroll
       for (int i = 4; i < 32; i += 4) top[half] = max(max(top[half], x[i]), x[i + 1]);
     }
-    return max(top[0], top[1]);
+    return piece == 0 ? max(top[0], top[1]) : top[0];
   }
 
-  // This thread's keys of a block that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.
-  __device__ __forceinline__ uint32_t bad_keys(int block) {
+  // This thread's keys of a piece that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.
+  __device__ __forceinline__ uint32_t bad_keys(int step, int piece = 0) {
     const int* bad = task().bad_keys;
-    return bad == nullptr ? 0 : __ldg(bad + 4 * block + quad());
+    const int block = piece == 0 ? whole_block(step) : side_block(step);
+    if (bad == nullptr || (kSide != 0 && block >= p.blocks)) return 0;
+    const uint32_t word = __ldg(bad + 4 * block + quad());
+    return piece == 0 ? word : word >> (step & 1) * (kSide / 4) & 0xffffu;
   }
 
-  // Masks row r of a block that holds the end of the keys, the causal diagonal, or bad keys; returns the row's largest
-  // score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or NaN: that ends the row.
-  __device__ __forceinline__ int mask_row(Scores& scores, int r, int block, uint32_t bad, bool& undefined) {
-    int limit = p.seqlen_k - block * kBlock;
-    if constexpr (kCausal) limit = min(limit, query(r) + 1 - block * kBlock);
+  // Masks row r of a step that holds the end of the keys, the causal diagonal, or bad keys, in one of its pieces;
+  // returns the row's largest score, kMasked when there is none. The score of a visible bad key is -inf, or +inf or
+  // NaN: that ends the row.
+  __device__ __forceinline__ int mask_row(Scores& scores, int r, int step, uint32_t bad, bool& undefined,
+                                          int piece = 0) {
+    const int first = first_key(step, piece), keys = piece == 0 ? kBlock : kSide;
+    int* row = scores + kBlock / 2 * piece + 2 * r;
+    int limit = p.seqlen_k - first;
+    if constexpr (kCausal) limit = min(limit, query(r) + 1 - first);
     limit -= 2 * quad();  // of this thread's keys
 #pragma unroll
-    for (int n = 0; n < kBlock / 4; ++n) {
-      if (n / 2 * 8 + n % 2 >= limit) scores[n / 2 * 4 + 2 * r + n % 2] = kMasked;
+    for (int n = 0; n < keys / 4; ++n) {
+      if (n / 2 * 8 + n % 2 >= limit) row[n / 2 * 4 + n % 2] = kMasked;
     }
     pin(scores);  // keeps the compiler from spreading the two rows over more registers than there are
     undefined = false;
     if (__any_sync(~0u, bad != 0)) {
 #pragma unroll
-      for (int n = 0; n < kBlock / 4; ++n) {
-        int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+      for (int n = 0; n < keys / 4; ++n) {
+        int& x = row[n / 2 * 4 + n % 2];
         if (!(bad >> n & 1)) continue;
         undefined = undefined || x >= 0;
         x = kMasked;
       }
       pin(scores);
     }
-    return row_top(scores, r);
+    return row_top(scores, r, piece);
   }
 
-  // Brings the visible scores of row r to a coarser scale.
-  static __device__ __forceinline__ void coarsen_row(Scores& scores, int r, float ratio) {
+  // Brings the visible scores of row r in a piece to a coarser scale.
+  static __device__ __forceinline__ void coarsen_row(Scores& scores, int r, float ratio, int piece = 0) {
 #pragma unroll
-    for (int n = 0; n < kBlock / 4; ++n) {
-      int& x = scores[n / 2 * 4 + 2 * r + n % 2];
+    for (int n = 0; n < (piece == 0 ? kBlock : kSide) / 4; ++n) {
+      int& x = scores[kBlock / 2 * piece + n / 2 * 4 + 2 * r + n % 2];
       if (x != kMasked) x = __float2int_rn(static_cast<float>(x) * ratio);
     }
   }
@@ -201,7 +219,7 @@ struct ConsumerBase {
     named_barrier(group + 1, 128);
     q_operand = uniform_operand(descriptor<kHeadDim>(shared_address(&s.q[group * 64 * kHeadDim])));
     const int last = task().end + task().skipped - 1;  // block
-    k_scales = p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + last) * 4 + quad();
+    if (kSide == 0) k_scales = p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + last) * 4 + quad();
     l[0] = l[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2 + kOnes / 2; ++i) o[i] = 0.f;

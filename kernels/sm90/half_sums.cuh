@@ -17,11 +17,11 @@ namespace sagert {
 constexpr float kLargestSum = 16384.f;
 constexpr int kSumExponent = 12;  // of a larger one, scaled down
 
-// Additions round to 11 bits, and equal ones in a row may all round the same way. What kSettleBlocks blocks have added
+// Additions round to 11 bits, and equal ones in a row may all round the same way. What kSettleSteps steps have added
 // is moved to other sums, except what rounding leaves of it, so that the sums stay small beside what is added. The
 // settled ones would take too many registers: they lie where the next tile's queries go, which wait for it.
 struct HalfSums {
-  // Pairs of channels 8 j + 2 quad + {0, 1}: 2 j + r is row r's. The last ones are the sums of P in a block.
+  // Pairs of channels 8 j + 2 quad + {0, 1}: 2 j + r is row r's. The last ones are the sums of P in a step.
   uint32_t sums[kHeadDim / 4 + kOnes / 4];
   float factor[2];  // what each row's settled sums are to be multiplied by
 
@@ -46,7 +46,7 @@ struct HalfSums {
     return scaled_by;
   }
 
-  // The sum of P of row r in the last block, cleared for the next one.
+  // The sum of P of row r in the last step, cleared for the next one.
   __device__ __forceinline__ float take_sum(int r) {
     const float sum = ptx::half2_low(sums[kHeadDim / 4 + r]);
     sums[kHeadDim / 4 + r] = 0;

@@ -15,16 +15,37 @@ namespace sagert {
 __device__ __forceinline__ void write_ones(Shared& s) {
   constexpr uint32_t kOneE4m3 = 0x38383838;
   for (int stage = 0; stage < kStages; ++stage) {
-    uint32_t* ones = reinterpret_cast<uint32_t*>(s.v[stage] + kVTileBytes);
-    for (int i = threadIdx.x; i < kOnesBytes / 4; i += kThreads) {
-      ones[i] = kV == V::kIo ? to_io2(1.f, 0.f) : i / (kBlock / 4) % 2 == 0 ? kOneE4m3 : 0;
+    for (int slot = 0; slot < kPieces; ++slot) {
+      uint32_t* ones = reinterpret_cast<uint32_t*>(s.v[stage] + slot * kVSlotBytes + kVTileBytes);
+      for (int i = threadIdx.x; i < kOnesBytes / 4; i += kThreads) {
+        ones[i] = kV == V::kIo ? to_io2(1.f, 0.f) : i / (kBlock / 4) % 2 == 0 ? kOneE4m3 : 0;
+      }
     }
   }
   fence_async_shared();
 }
 
-// Starts the copies of block `block` of head `head_kv` to a stage. One lane calls it.
+// The same of a step with half of a block beside the whole one. The last step may lack one of them: its keys are
+// masked, and any finite values do.
+__device__ __forceinline__ void load_pieces(const Params& p, Shared& s, int stage, int head_kv, int step) {
+  const uint32_t full = shared_address(&s.full[stage]);
+  const int64_t head = static_cast<int64_t>(head_kv) * p.blocks * kTileBytes;
+  const int64_t whole = head + min(whole_block(step), p.blocks - 1) * static_cast<int64_t>(kTileBytes);
+  const int64_t side = head + min(side_block(step), p.blocks - 1) * static_cast<int64_t>(kTileBytes);
+  const int half = (step & 1) * kSide * kHeadDim;
+  mbarrier_arrive_expect(full, kKStageBytes + 2 * kVTileBytes);
+  bulk_load(shared_address(s.k[stage]), p.k8 + whole, kTileBytes, full);
+  bulk_load(shared_address(s.k[stage] + kTileBytes), p.k8 + side + half, kSide * kHeadDim, full);
+  bulk_load(shared_address(s.v[stage]), p.v8 + whole, kTileBytes, full);
+  bulk_load(shared_address(s.v[stage] + kVSlotBytes), p.v8 + side, kTileBytes, full);
+}
+
+// Starts the copies of step `block` of head `head_kv` to a stage. One lane calls it.
 __device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage, int head_kv, int block) {
+  if constexpr (kSide != 0) {
+    load_pieces(p, s, stage, head_kv, block);
+    return;
+  }
   const uint32_t full = shared_address(&s.full[stage]);
   const int64_t place = (static_cast<int64_t>(head_kv) * p.blocks + block) * kTileBytes;
   mbarrier_arrive_expect(full, kTileBytes + kVTileBytes);
@@ -40,7 +61,7 @@ __device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage
   }
 }
 
-// Blocks before the end of a tile at which the next one is taken: time for the scouts to have its queries copied.
+// Steps before the end of a tile at which the next one is taken: time for the scouts to have its queries copied.
 constexpr int kLead = 4;
 
 // Feeds the blocks of tile `index`; calls `near_end` shortly before the last ones.

@@ -11,9 +11,10 @@
 
 namespace sagert {
 
-// The end of the blocks that queries up to `row` + 63 see, were there no parts.
+// The end of the steps that queries up to `row` + 63 see, were there no parts.
 __device__ __forceinline__ int end_of_keys(const Params& p, int row) {
-  return kCausal ? min(p.blocks, (row + 63) / kBlock + 1) : p.blocks;
+  const int all = count_of_steps(p);
+  return kCausal ? min(all, (row + 63) / kStep + 1) : all;
 }
 
 // Of warpgroup `group` at a tile.
@@ -27,7 +28,7 @@ __device__ __forceinline__ void write_task(const Params& p, const Tile& tile, in
   const int2 flags = load_prerequisite(reinterpret_cast<const int2*>(p.head_flags) + head_kv);
   const int end_of_group = end_of_keys(p, row);
   int end = row < p.seqlen_q ? max(min(tile.end, end_of_group), tile.begin) : tile.begin;
-  const bool ragged = kCausal ? end == end_of_group : end * kBlock > p.seqlen_k;
+  const bool ragged = kCausal ? end == end_of_group : end * kStep > p.seqlen_k;
   int masked = flags.x != 0 ? end - tile.begin : ragged ? 1 : 0;
   if (tile.joint) {
     end -= group;

@@ -17,8 +17,12 @@ using namespace ptx;
 
 constexpr int kHeadDim = HEAD_DIM;
 constexpr bool kCausal = CAUSAL;
-constexpr int kStages = STAGES;                // each a block of K and of V
-constexpr int kBlock = 128;                    // keys
+constexpr int kStages = STAGES;  // each a block of K and of V
+constexpr int kBlock = 128;      // keys of a tile of K8 and of V8
+// Keys that a warpgroup takes at a time: a block, or, where registers allow, half of one more. Three blocks are two
+// steps then, which share the one in the middle.
+constexpr int kStep = STEP, kSide = kStep - kBlock, kPieces = kSide == 0 ? 1 : 2;
+static_assert(kSide == 0 || (kSide == kBlock / 2 && kV == V::kFp8 && kHeadDim == 64), "written for these");
 constexpr int kGroups = GROUPS;                // consumer warpgroups of 64 queries
 constexpr int kRows = 64 * kGroups;            // queries of a tile
 constexpr int kTileBytes = kBlock * kHeadDim;  // of a block of K8 and of V8
@@ -28,19 +32,20 @@ constexpr int kMapWidth = 64;  // channels in 16 bits that one copy of a tensor 
 // much room as a copy of the tensor map, which 128 channels leave for too few stages.
 constexpr int kOnes = kV == V::kFp8 || (kV == V::kIo && kHeadDim == 64) ? 8 : 0;
 constexpr int kOnesBytes = kOnes == 0 ? 0 : kV == V::kIo ? kMapWidth * 2 * kBlock : kOnes * kBlock;
-constexpr int kVStageBytes = kVTileBytes + kOnesBytes;
+constexpr int kVSlotBytes = kVTileBytes + kOnesBytes, kVStageBytes = kPieces * kVSlotBytes;
+constexpr int kKStageBytes = kStep * kHeadDim;
 constexpr bool kBounded = is_bounded_at(kHeadDim);
 constexpr bool kHalfSums = kV == V::kFp8;  // of P V, in fp16 (half_sums.cuh)
-// Sums over more blocks are in fp32: in fp16 each addition rounds to 11 bits.
-constexpr int kHalfBlocks = 256;
-// Do the warpgroups share the keys of a tile with queries for one of them only (joint.cuh), and how many blocks are
+// Sums over more steps are in fp32: in fp16 each addition rounds to 11 bits.
+constexpr int kHalfSteps = (256 * kBlock + kStep - 1) / kStep;
+// Do the warpgroups share the keys of a tile with queries for one of them only (joint.cuh), and how many steps are
 // worth it? Other types of V leave no registers, or no stage to be filled while each warpgroup has one.
 constexpr bool kJoins = kV == V::kFp8;
-constexpr int kJointBlocks = 4 * kGroups;
+constexpr int kJointSteps = 4 * kGroups * kBlock / kStep;
 static_assert(!kJoins || kGroups < kStages, "one block must be on its way");
-constexpr int kSettleBlocks = 32;  // behind which they are moved to settled sums, where more follow
-// May consumers have settled sums at a tile of that many blocks?
-__device__ __forceinline__ bool has_settled_sums(int blocks) { return kHalfSums && blocks > kSettleBlocks; }
+constexpr int kSettleSteps = kSide == 0 ? 32 : 24;  // behind which they are moved to settled sums, where more follow
+// May consumers have settled sums at a tile of that many steps?
+__device__ __forceinline__ bool has_settled_sums(int steps) { return kHalfSums && steps > kSettleSteps; }
 // Infinities and NaN of 16-bit V go through wgmma as they are, and where a mask hides a key from some queries of a
 // block 0 times one of these would be NaN. So consumers look for them there themselves (nonfinite.cuh).
 constexpr bool kFindsNonfinite = kV == V::kIo && kCausal;
@@ -81,11 +86,25 @@ __device__ __forceinline__ uint32_t uniform(uint32_t value) { return __reduce_ma
 __device__ __forceinline__ bool is_split() { return grid_height() > 1; }
 __device__ __forceinline__ bool has_last_keys() { return blockIdx.y + 1 == grid_height(); }
 
-// kRows queries of one head. Blocks of keys are visited from the last one down: the causal diagonal comes first.
+// Of all keys.
+__device__ __forceinline__ int count_of_steps(const Params& p) {
+  return kSide == 0 ? p.blocks : (p.seqlen_k + kStep - 1) / kStep;
+}
+
+// Step 2 i has block 3 i and the first half of the next one, step 2 i + 1 block 3 i + 2 and the second half of the one
+// before it. In shared memory and among the scores the whole block comes first.
+__device__ __forceinline__ int whole_block(int step) { return kSide == 0 ? step : (3 * step + 1) >> 1; }
+__device__ __forceinline__ int side_block(int step) { return 3 * (step >> 1) + 1; }
+// The first key of a step's piece: of the whole block, or of the half.
+__device__ __forceinline__ int first_key(int step, int piece) {
+  return piece == 0 ? whole_block(step) * kBlock : side_block(step) * kBlock + (step & 1) * kSide;
+}
+
+// kRows queries of one head. Steps of keys are visited from the last one down: the causal diagonal comes first.
 struct Tile {
   int head;   // b * heads_q + h
   int row;    // first query
-  int begin;  // range of the blocks of keys, of those that the tile sees; a part may have none
+  int begin;  // range of the steps of keys, of those that the tile sees; a part may have none
   int end;
   bool joint;  // the warpgroups share its keys
 };
@@ -108,14 +127,15 @@ __device__ __forceinline__ Tile tile_at(const Params& p, int index) {
   tile.begin = 0;
   tile.joint = kJoins && p.seqlen_q - tile.row <= 64;
   const int rows = tile.joint ? 64 : kRows;
-  tile.end = kCausal ? min(p.blocks, (tile.row + rows - 1) / kBlock + 1) : p.blocks;
+  tile.end = count_of_steps(p);
+  if constexpr (kCausal) tile.end = min(tile.end, (tile.row + rows - 1) / kStep + 1);
   if (is_split()) {
     const unsigned all = tile.end;
     tile.begin = static_cast<int>(all * blockIdx.y / grid_height());
     tile.end = static_cast<int>(all * (blockIdx.y + 1) / grid_height());
   }
-  const int blocks = tile.end - tile.begin;  // the loop for sums in fp32 does not share
-  tile.joint = tile.joint && blocks >= kJointBlocks && blocks <= kHalfBlocks;
+  const int steps = tile.end - tile.begin;  // the loop for sums in fp32 does not share
+  tile.joint = tile.joint && steps >= kJointSteps && steps <= kHalfSteps;
   return tile;
 }
 
@@ -131,8 +151,8 @@ struct RoundOfTask<true> {
   int place_;    // of the tile in the round, or kAgain
   int in_half_;  // P V is summed in fp16
 
-  __device__ __forceinline__ void set_round(int place, int blocks) {
-    place_ = place, in_half_ = place >= 0 && blocks <= kHalfBlocks;
+  __device__ __forceinline__ void set_round(int place, int steps) {
+    place_ = place, in_half_ = place >= 0 && steps <= kHalfSteps;
   }
   __device__ __forceinline__ int place() const { return place_; }
   __device__ __forceinline__ int in_half() const { return in_half_; }
@@ -143,9 +163,9 @@ struct Task : RoundOfTask<kHalfSums> {
   int head;  // b * heads_q + h, or kEndOfRound or kEnd
   int head_kv;
   int row;      // its first query
-  int skipped;  // blocks of the tile that other warpgroups see, but not this one: the last ones
+  int skipped;  // steps of the tile that other warpgroups see, but not this one: the last ones
   int stride;   // of the others one of so many is this warpgroup's
-  int end;      // range of the blocks that it sees, from the last one down
+  int end;      // range of the steps that it sees, from the last one down
   int begin;
   int masked;           // how many of them need masks, the last ones
   int v_bad;            // the head's quantized V lacks an infinity or a NaN
@@ -165,7 +185,7 @@ constexpr int kRoundTiles = 256;    // in a round at most
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
 
 struct Shared {
-  int8_t k[kStages][kTileBytes];
+  int8_t k[kStages][kKStageBytes];
   int8_t v[kStages][kVStageBytes];
   int8_t q[kRows * kHeadDim];
   uint4 raw[kRows * kHeadDim / 8];  // queries of the tile that comes next, in 16 bits; before that, settled sums

@@ -62,6 +62,7 @@ class Case:
     half_sums: bool = False  # of a row that sums in fp16
     wide_blocks: int = 96  # the largest head_dim at which the mma family's int8_int8 scales P by blocks of 128 keys
     scale: float | None = None
+    step: int | None = None  # keys that softmax takes at a time, where it is not the family's number
 
 
 def near_lse_max(case: Case) -> float:
@@ -110,7 +111,7 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     made = attend(path, case, q, k, v, row)
     options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
     exact, exact_lse = gpu_kit.exact(q, k, v, case.causal, case.scale)
-    options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale}
+    options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale, "block_n": case.step}
     if (case.family, case.precision) == ("mma", "int8_int8") and case.head_dim <= case.wide_blocks:
         options["block_n"] = recipes.WIDE_BLOCK
     near, near_lse = reference.attention(q, k, v, **options)
@@ -121,6 +122,15 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
         "reference_error": gpu_kit.relative_l1(near, exact), "outputs": float(made.out.numel()),
         "cosine": float(torch.cosine_similarity(made.out.double().flatten(), exact.double().flatten(), 0)),
     }  # fmt: skip
+
+
+def check_figures(found: dict[str, float], case: Case, near: float | None = None) -> None:
+    """What figures() must be for inputs like N(0, 1); near: how far from the reference, if not as far as usual."""
+    assert found["finite"], "outputs left unwritten or not finite"
+    assert found["near"] <= (near or NEAR[case.precision]), found
+    assert case.family != "mma" or found["near_lse"] <= near_lse_max(case), found
+    assert found["error"] <= gpu_kit.allowed(ACCURACY[case.precision], int(found["outputs"])), found
+    assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
 
 
 def check_scores_of_any_size(found: dict[str, float], case: Case) -> None:

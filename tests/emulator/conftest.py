@@ -21,6 +21,7 @@ ROWS = {
     "sm89": ["sm89.mma.int8_fp8"],
     "sm120": ["sm120.mma.int8_int8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
+    "sm90 steps": ["sm90.wgmma.int8_fp8"],
 }
 CHOSEN = {
     "sm80": {
@@ -32,7 +33,10 @@ CHOSEN = {
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm120": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
+    "sm90 steps": {(64, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
+# What their kernels have that the manifests do not ask for: steps of a block and a half of keys.
+CONSTANTS = {"sm90 steps": {"STEP": 192, "SHARED_BYTES": 164480}}
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +89,14 @@ class Rows:
                 chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
                 return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
-            self._packages[arch] = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
+            self._packages[arch] = package.build(
+                arch.split()[0],
+                ROWS[arch],
+                choose,
+                self._cxx,
+                self._folder / arch,
+                constants=CONSTANTS.get(arch, {}),
+            )
         made = self._packages[arch]
         device = arch, multiprocessors
         if device not in self._workers:

@@ -7,7 +7,6 @@ import pytest
 
 from tests.emulator import cases
 from tests.emulator.cases import Case
-from tests.gpu import gpu_kit
 
 PRECISIONS = ("int4_fp16", "int4_int8")
 
@@ -18,11 +17,7 @@ def run(rows, function, *arguments):
 
 def check(rows, case):
     found = run(rows, cases.figures, case)
-    assert found["finite"], "outputs left unwritten or not finite"
-    assert found["near"] <= cases.NEAR[case.precision], found
-    assert found["near_lse"] <= cases.near_lse_max(case), found
-    assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
-    assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
+    cases.check_figures(found, case)
     return found
 
 

@@ -15,12 +15,7 @@ LENGTHS = (1, 63, 65, 129, 300)
 
 
 def check(rows, case, arch="sm80"):
-    found = rows.run(arch, cases.figures, case)
-    assert found["finite"], "outputs left unwritten or not finite"
-    assert found["near"] <= cases.NEAR[case.precision], found
-    assert found["near_lse"] <= cases.near_lse_max(case), found
-    assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
-    assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
+    cases.check_figures(rows.run(arch, cases.figures, case), case)
 
 
 def variants():

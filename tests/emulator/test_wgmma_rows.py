@@ -9,7 +9,6 @@ import pytest
 
 from tests.emulator import cases
 from tests.emulator.cases import Case
-from tests.gpu import gpu_kit
 
 PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
 
@@ -23,11 +22,7 @@ def test_lengths(rows, precision, lengths, head_dim, dtype, causal):
 
 
 def check(rows, case, near=None, **device):
-    found = rows.run("sm90", cases.figures, case, **device)
-    assert found["finite"], "outputs left unwritten or not finite"
-    assert found["near"] <= (near or cases.NEAR[case.precision]), found
-    assert found["error"] <= gpu_kit.allowed(cases.ACCURACY[case.precision], int(found["outputs"])), found
-    assert found["lse_error"] <= gpu_kit.lse_error_max(case.precision), found
+    cases.check_figures(rows.run("sm90", cases.figures, case, **device), case, near)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -59,6 +59,10 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, " \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define SAGERT_WGMMA_D68 SAGERT_WGMMA_D64 ", %64, %65, %66, %67"
+#define SAGERT_WGMMA_D96                                                                                               \
+  SAGERT_WGMMA_D68                                                                                                     \
+  ", %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, "   \
+  "%90, %91, %92, %93, %94, %95"
 #define SAGERT_WGMMA_OPERANDS18(C, d) \
   C(d[0]), C(d[1]), C(d[2]), C(d[3]), C(d[4]), C(d[5]), C(d[6]), C(d[7]), C(d[8]), \
   C(d[9]), C(d[10]), C(d[11]), C(d[12]), C(d[13]), C(d[14]), C(d[15]), C(d[16]), C(d[17])
@@ -82,6 +86,10 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
   SAGERT_WGMMA_OPERANDS34(C, d), C(d[34]), C(d[35])
 #define SAGERT_WGMMA_OPERANDS68(C, d) \
   SAGERT_WGMMA_OPERANDS64(C, d), C(d[64]), C(d[65]), C(d[66]), C(d[67])
+#define SAGERT_WGMMA_OPERANDS96(C, d) \
+  SAGERT_WGMMA_OPERANDS68(C, d), C(d[68]), C(d[69]), C(d[70]), C(d[71]), C(d[72]), C(d[73]), C(d[74]), C(d[75]), \
+  C(d[76]), C(d[77]), C(d[78]), C(d[79]), C(d[80]), C(d[81]), C(d[82]), C(d[83]), C(d[84]), C(d[85]), C(d[86]), \
+  C(d[87]), C(d[88]), C(d[89]), C(d[90]), C(d[91]), C(d[92]), C(d[93]), C(d[94]), C(d[95])
 // clang-format on
 #define SAGERT_ACC_R(x) "+r"(x)
 #define SAGERT_NEW_R(x) "=r"(x)
@@ -89,21 +97,28 @@ __device__ __forceinline__ void pin(float (&registers)[n]) {
 
 // Scores: s8 A and B, int32 D, K = 32. Without `accumulate` what D held is dead, and said to be: as an input it would
 // make ptxas serialize the wgmma in flight (C7511).
-template <int accumulate>
-__device__ __forceinline__ void wgmma_s8(int32_t (&d)[64], uint64_t a, uint64_t b) {
-#define SAGERT_WGMMA_S8(constraint)                                                                 \
-  asm volatile(                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                                  \
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" SAGERT_WGMMA_D64 "}, %64, %65, p;\n}\n" \
-      : SAGERT_WGMMA_OPERANDS64(constraint, d)                                                      \
-      : "l"(a), "l"(b), "n"(accumulate))
-  if constexpr (accumulate != 0) {
-    SAGERT_WGMMA_S8(SAGERT_ACC_R);
-  } else {
-    SAGERT_WGMMA_S8(SAGERT_NEW_R);
+#define SAGERT_WGMMA_S8_AS(constraint, columns, count, a0, b0, flag)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                           \
+               ", 0;\n"                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.s8.s8 {" SAGERT_WGMMA_D##count \
+               "}, %" #a0 ", %" #b0 ", p;\n}\n"                                                     \
+               : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                        \
+               : "l"(a), "l"(b), "n"(accumulate))
+#define SAGERT_WGMMA_S8(columns, count, a0, b0, flag)                                     \
+  template <int accumulate>                                                               \
+  __device__ __forceinline__ void wgmma_s8(int32_t (&d)[count], uint64_t a, uint64_t b) { \
+    if constexpr (accumulate != 0) {                                                      \
+      SAGERT_WGMMA_S8_AS(SAGERT_ACC_R, columns, count, a0, b0, flag);                     \
+    } else {                                                                              \
+      SAGERT_WGMMA_S8_AS(SAGERT_NEW_R, columns, count, a0, b0, flag);                     \
+    }                                                                                     \
   }
+
+SAGERT_WGMMA_S8(128, 64, 64, 65, 66)
+SAGERT_WGMMA_S8(192, 96, 96, 97, 98)
+
 #undef SAGERT_WGMMA_S8
-}
+#undef SAGERT_WGMMA_S8_AS
 
 // P V: u8 A (registers), s8 B (K-major), int32 D, K = 32; `accumulate` as in wgmma_s8.
 #define SAGERT_WGMMA_U8S8_AS(constraint, columns, count, a0, a1, a2, a3, b0, flag)                  \
@@ -171,12 +186,14 @@ SAGERT_WGMMA_IO(bf16, 128, 64, 64, 65, 66, 67, 68, 69)
 #undef SAGERT_WGMMA_D36
 #undef SAGERT_WGMMA_D64
 #undef SAGERT_WGMMA_D68
+#undef SAGERT_WGMMA_D96
 #undef SAGERT_WGMMA_OPERANDS18
 #undef SAGERT_WGMMA_OPERANDS32
 #undef SAGERT_WGMMA_OPERANDS34
 #undef SAGERT_WGMMA_OPERANDS36
 #undef SAGERT_WGMMA_OPERANDS64
 #undef SAGERT_WGMMA_OPERANDS68
+#undef SAGERT_WGMMA_OPERANDS96
 #undef SAGERT_ACC_R
 #undef SAGERT_NEW_R
 #undef SAGERT_ACC_F

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sagert.exponential import exp2_half, is_half
+from sagert.exponential import HALVING_STEP, exp2_half, is_half
 
 SOURCE = Path(__file__).parents[3] / "kernels/sm90/exponential.cuh"
 
@@ -39,6 +39,14 @@ def test_rows_share_the_polynomial_evenly(head_dim):
     halves = where.view(4, 2, 8, 256).float().mean((0, 2, 3))
     assert abs(halves[0] - halves[1]) <= 2 / 16
     assert torch.equal(where[:, :128], where[:, 128:])
+
+
+def test_steps_that_halve_blocks():
+    """Three blocks are two steps of a whole block and half of the middle one, each half as a block's first half."""
+    whole, *rest = is_half(torch.arange(16), range(384), 64, HALVING_STEP).split([128, 64, 64, 128], 1)
+    assert torch.equal(whole, is_half(torch.arange(16), range(128), 64))
+    for part in rest:
+        assert torch.equal(part, whole[:, : part.shape[1]])
 
 
 def test_constants_are_the_kernels():

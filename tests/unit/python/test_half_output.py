@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sagert import half_output, quantize, recipes, reference
+from sagert import exponential, half_output, quantize, recipes, reference
 from sagert.exact import exact_attention
 from tests.gpu.value_kinds import KINDS, make_kind
 
@@ -68,7 +68,7 @@ def test_overflow_is_seen_and_summed_in_fp32():
 
 def test_long_rows_are_summed_in_fp32():
     half = half_output.HalfOutput(torch.zeros(1, 1, 4))
-    half.visited += half_output.LARGEST_BLOCKS
+    half.visited += half_output.LARGEST_KEYS // 128
     assert not half.overflown().any()
     half.visited += 1
     assert half.overflown().all()
@@ -82,8 +82,11 @@ def test_constants_are_the_kernels():
 
     assert constant("kLargestSum") == half_output.LARGEST_SUM
     assert constant("kSumExponent") == half_output.SUM_EXPONENT
-    assert constant("kSettleBlocks") == half_output.SETTLE_BLOCKS
-    assert constant("kHalfBlocks") == half_output.LARGEST_BLOCKS
+    steps = [half_output.settle_steps(keys) for keys in (128, exponential.HALVING_STEP)]
+    settle = re.search(r"kSettleSteps = kSide == 0 \? (\d+) : (\d+);", text)
+    assert [int(number) for number in settle.groups()] == steps
+    assert all(step % 8 == 0 for step in steps)
+    assert int(re.search(r"kHalfSteps = \((\d+) \* kBlock", text)[1]) * 128 == half_output.LARGEST_KEYS
     consumer = (KERNELS / "consumer.cuh").read_text()
     less = float(re.search(r"kHalfAtMaximum = kAtMaximum - ([\d.]+)f;", consumer)[1])
     assert math.log2(448.0) - less == pytest.approx(half_output.LOG2_P)
