@@ -11,6 +11,7 @@ from torch import Tensor
 # Of V in the portable int8_int8: keys that share a scale, and the largest value; codes beyond mark what is not finite.
 V_BLOCK, V_MAX = 64, 126.0
 K_SAMPLE = 512  # keys, at least, that a sample has
+STORED_CHANNELS = (64, 128, 256)  # of a head: the pre-passes of tiled families pad with zeros
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
@@ -149,6 +150,28 @@ def quantize_v_int8(
         inverse = largest / torch.where(zero, 1.0, amax)
     values = torch.where(zero, 0.0, torch.round(blocks * inverse))
     return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
+
+
+def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """As quantize_v_int8, but with one factor for all channels of a block where that does: kernels/sm80/blocks.cuh.
+
+    The factor is of the channels' root mean squares over all keys, v being without its mean. It does where it is at
+    most 2.5 times the root mean square of the channels' own. The first block always has scales of its channels.
+    """
+    n, keys, d = v.shape
+    values, scale = quantize_v_int8(v, block)
+    clean = torch.where(v.isfinite(), v, 0.0)
+    unit = clean.square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
+    stored = next(channels for channels in STORED_CHANNELS if channels >= d)
+    blocks = torch.nn.functional.pad(clean, (0, 0, 0, -keys % block)).reshape(n, -1, block, d)
+    ratio = blocks.abs().amax(2) / unit
+    largest = ratio.amax(-1, keepdim=True)
+    even = (largest > 0.0) & ((ratio / largest).square().sum(-1, keepdim=True) * 2.5**2 >= stored)
+    even[:, 0] = False
+    factor = torch.where(even, largest * torch.tensor(1.0 / 127.0, dtype=torch.float32), 1.0) * unit
+    shared = torch.round(blocks / factor[:, :, None]).clamp(-127.0, 127.0).reshape(n, -1, d)[:, :keys]
+    by_key = even.repeat_interleave(block, 1)[:, :keys]
+    return torch.where(by_key, shared, values), torch.where(even, factor, scale)
 
 
 def encode_v_int8(values: Tensor, v: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from sagert.quantize import (
     quantize_v_fp8,
     quantize_v_half,
     quantize_v_int8,
+    quantize_v_int8_even,
     sampled_keys,
     v_largest,
     v_mean,
@@ -49,6 +50,7 @@ class Recipe(NamedTuple):
     family: str = "portable"
     block_n: int = BLOCKS["portable"]
     half_sums: bool = False
+    even_v: bool = False  # of the mma family's int8_int8: blocks whose channels share a factor
 
     @property
     def tiled(self) -> bool:
@@ -112,7 +114,12 @@ class Queries(NamedTuple):
 
 
 def recipe_of(
-    precision: str, smooth_k: bool = True, family: str = "portable", block_n: int | None = None, half_sums: bool = False
+    precision: str,
+    smooth_k: bool = True,
+    family: str = "portable",
+    block_n: int | None = None,
+    half_sums: bool = False,
+    even_v: bool = False,
 ) -> Recipe:
     """A recipe that has a reference; ValueError for others.
 
@@ -124,11 +131,13 @@ def recipe_of(
     fixed = precision.endswith("_int8")
     if half_sums and (family != "mma" or fixed):
         raise ValueError(f"{precision=} in {family=} does not sum in fp16: leave half_sums out")
+    if even_v and (family != "mma" or precision != "int8_int8"):
+        raise ValueError(f"{precision=} in {family=} has no even blocks of V: leave even_v out")
     blocks = BLOCKS | ({"portable": V_BLOCK} if fixed else {})
     wide = family == "mma" and precision == "int8_int8" and block_n == WIDE_BLOCK
     if block_n is None or ((fixed or half_sums) and not wide):
         block_n = blocks[family]
-    return Recipe(precision, smooth_k, family, block_n, half_sums)
+    return Recipe(precision, smooth_k, family, block_n, half_sums, even_v)
 
 
 def with_marks(kv: KeyValues, positive: Tensor, negative: Tensor) -> KeyValues:
@@ -155,6 +164,8 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if recipe.pv == "fp8":
         fixed = FP8_MAX_HALF if recipe.half_sums else FP8_MAX
         values, v_scale = quantize_v_fp8(vf, v_largest(vf) if recipe.half_output else fixed)
+    elif recipe.even_v:
+        values, v_scale = quantize_v_int8_even(vf, recipe.block_n)
     elif recipe.pv == "int8":
         values, v_scale = quantize_v_int8(vf, recipe.block_n, *(() if recipe.tiled else (V_MAX, False)))
     elif recipe.half_sums:

@@ -50,6 +50,7 @@ def attention(
     window: tuple[int | None, int | None] | None = None,
     causal_alignment: str = "top_left",
     half_sums: bool = False,
+    even_v: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Quantized attention.
 
@@ -59,10 +60,11 @@ def attention(
     whose recipe to follow: "portable" scales K by rows, visiting keys upwards; "wgmma" scales K by groups of 32 keys,
     takes V's mean off where it is large, and visits keys downwards (K must be finite there); "mma" too, with groups of
     16 keys and blocks of 64 (or twice that), and it alone has INT4 (SageAttention2, arXiv 2411.10958) and half_sums:
-    rows that sum the products of 64 keys in fp16 (SageAttention2++, arXiv 2505.21136).
+    rows that sum the products of 64 keys in fp16 (SageAttention2++, arXiv 2505.21136), or, of int8_int8, even_v: rows
+    with one factor for V's channels where `sagert.quantize.quantize_v_int8_even` says so.
     Returns (out [B, H, S, Dv] in q's dtype, lse fp32 [B, H, S]). ValueError for what has no reference.
     """
-    recipe = recipe_of(precision, smooth_k, family, block_n, half_sums)
+    recipe = recipe_of(precision, smooth_k, family, block_n, half_sums, even_v)
 
     def key_values(batch: int, heads: slice) -> KeyValues:
         return quantize_heads(k[batch, heads], v[batch, heads], recipe)

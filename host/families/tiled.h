@@ -34,6 +34,7 @@ struct Plan : Operands {
   Pv pv = Pv::kFp8;
   int64_t block = 0;         // keys
   int64_t leading_keys = 0;  // whose V stays in 16 bits, too
+  bool v_units = false;      // behind V's means stand units of its channels
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
   bool int4 = false;  // Q and K
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;

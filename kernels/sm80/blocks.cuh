@@ -12,4 +12,10 @@ namespace sagert {
 constexpr int kScaleBlocks = SCALE_BLOCKS;
 static_assert(kScaleBlocks == 1 || (kScaleBlocks == 2 && kV == V::kInt8 && !kInt4), "written for INT8 alone");
 
+// Are there even blocks of V? Their channels have one factor, behind units that are the head's; the others have scales
+// of their own, in these units. In blocks of odd numbers V8 is -V then.
+constexpr bool kEvenV = EVEN_V != 0;
+static_assert(!kEvenV || (kScaleBlocks == 1 && kV == V::kInt8 && !kInt4), "written for INT8 alone");
+constexpr float kEvenSpread = 2.5f;  // of an even block's channels: the largest scale beside their root mean square
+
 }  // namespace sagert

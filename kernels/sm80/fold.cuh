@@ -12,12 +12,16 @@
 
 namespace sagert {
 
-constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
+// Bytes come by way of fp16, whose last bits are the integer: of the subnormal numbers, or where 1024 is added.
+constexpr bool kSubnormal = kEvenV;
+constexpr float kLog2PMax = 7.994353436858858f - (kSubnormal ? 24.f : 0.f);  // log2(255), in units of the integer
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalf1024 = 0x6400u;       // fp16 with a last bit of 1
-constexpr bool kRowFirst = kChannels <= 128;  // registers are too short for it beyond
-constexpr int kParts = kStep / 32;            // of 32 keys, that an instruction takes
-using Weights = uint32_t[kParts][kM][4];      // A fragments of P V
+constexpr uint32_t kHalf1024 = 0x6400u;           // fp16 with a last bit of 1
+constexpr bool kRowFirst = kChannels <= 128;      // registers are too short for it beyond
+constexpr int kParts = kStep / 32;                // of 32 keys, that an instruction takes
+constexpr int kCopyTile = kChannelTiles / 4 * 3;  // behind which the next step is copied: earlier ptxas spills
+constexpr int kOffsetSteps = 256;                 // behind which O loses what it has too much
+using Weights = uint32_t[kParts][kM][4];          // A fragments of P V
 
 struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
@@ -77,15 +81,52 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     const float next = highest + b[r] <= kLargest ? b[r] : -highest;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
-    sum[r] *= alpha;
+    if constexpr (kEvenV) {
+      store_shared_f32(sums() + 4 * r, load_shared_f32(sums() + 4 * r) * alpha);
+    } else {
+      sum[r] *= alpha;
+    }
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       o[r / 2][j][r % 2 * 2] *= alpha;
       o[r / 2][j][r % 2 * 2 + 1] *= alpha;
     }
+    if constexpr (kEvenV) scale_offset(r, alpha);
   }
 
-  // Bytes of register `i` of the A fragment of a part. In fp16, where 1024 is added, the last bits are the integer.
+  // What O has too much stands in shared memory, and is the first lane's of a row to change.
+  __device__ __forceinline__ uint32_t offsets() const {
+    int t = threadIdx.x;
+    forget(t);
+    return base + kOffsetsAt + (t >> 2) * (4 * kR);
+  }
+  __device__ __forceinline__ void scale_offset(int r, float alpha) {
+    const uint32_t place = offsets() + 4 * r;
+    if (quad() == 0) store_shared_f32(place, load_shared_f32(place) * alpha);
+  }
+
+  // O without what it has too much, in other units: scale_of(pair) gives those of channels 8 j + 2 quad + {0, 1}.
+  template <typename F>
+  __device__ __forceinline__ void change_units(F scale_of) {
+    float offset[kR];
+    __syncwarp();  // the first lanes have stored them
+    load_shared(offset, offsets());
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      const float2 scale = scale_of(j);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) {
+        float* x = &o[r / 2][j][r % 2 * 2];
+        x[0] = (x[0] - offset[r]) * scale.x;
+        x[1] = (x[1] - offset[r]) * scale.y;
+      }
+    }
+    __syncwarp();  // all four lanes of a row have read them
+    constexpr float kNone[kR] = {};
+    if (quad() == 0) store_shared(offsets(), kNone);
+  }
+
+  // Bytes of register `i` of the A fragment of a part.
   __device__ __forceinline__ void weigh(int part, int m, int i) {
     const int r = 2 * m + i % 2;
     uint32_t pairs[2];
@@ -94,7 +135,8 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       const int32_t* x = &scores[m][4 * part + i / 2 * 2 + n][i % 2 * 2];
       const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
       const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
-      pairs[n] = half2_add(to_fp16x2(first, second), kHalf1024 << 16 | kHalf1024);
+      pairs[n] = to_fp16x2(first, second);
+      if constexpr (!kSubnormal) pairs[n] = half2_add(pairs[n], kHalf1024 << 16 | kHalf1024);
     }
     weights[part][m][i] = __byte_perm(pairs[0], pairs[1], 0x6420);
   }
@@ -117,16 +159,16 @@ struct FoldWarp : SerialWarp<FoldWarp> {
         x = __dp4a(weights[part][i / 4][i % 4], 0x01010101u, x);
       }
     }
+    if constexpr (kEvenV) load_shared(sum, sums());
 #pragma unroll
     for (int r = 0; r < kR; ++r) sum[r] = fmaf(__uint_as_float(bytes[r]) - kRound, weight[r], sum[r]);
+    if constexpr (kEvenV) store_shared(sums(), sum);
   }
 
-  // Products of 8 channels, from kRound on, to O. With the row's factor first, what kRound gives is the same for all
-  // channels.
-  __device__ __forceinline__ void multiply_v(int j, uint32_t address, uint32_t scales, const float (&weight)[kR]) {
-    const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
-    constexpr int32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
-    int32_t products[kM][4];
+  using Products = int32_t[kM][4];
+
+  // Products of 8 channels, from `first` on.
+  __device__ __forceinline__ void multiply_v(Products& products, int j, uint32_t address, const uint32_t (&first)[4]) {
 #pragma unroll
     for (int part = 0; part < kParts; part += 2) {
       uint32_t fragments[4];
@@ -134,7 +176,8 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         if (part == 0) {
-          mma_u8s8(products[m], weights[0][m], fragments[0], fragments[1], magic);
+          mma_u8s8(products[m], weights[0][m], fragments[0], fragments[1],
+                   reinterpret_cast<const int32_t (&)[4]>(first));
         } else {
           mma_u8s8(products[m], weights[part][m], fragments[0], fragments[1], products[m]);
         }
@@ -144,6 +187,15 @@ struct FoldWarp : SerialWarp<FoldWarp> {
         mma_u8s8(products[m], weights[part + 1][m], fragments[2], fragments[3], products[m]);
       }
     }
+  }
+
+  // Products of 8 channels, from kRound on, to O. With the row's factor first, what kRound gives is the same for all
+  // channels.
+  __device__ __forceinline__ void add_products(int j, uint32_t address, uint32_t scales, const float (&weight)[kR]) {
+    const float scale[2] = {__uint_as_float(scales << 16), __uint_as_float(scales & 0xffff0000u)};
+    constexpr uint32_t magic[4] = {kMagic, kMagic, kMagic, kMagic};
+    Products products;
+    multiply_v(products, j, address, magic);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -158,7 +210,63 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     }
   }
 
+  // Of a block that is not even, the scales of channels 8 j + 2 quad + {0, 1}.
+  __device__ __forceinline__ float2 scales_of(int slot, int j) const {
+    int t = threadIdx.x;
+    forget(t);
+    const uint32_t scales = SAGERT_AT(base, v_scale) + stage_of(slot) * kHeadDim * 2 + (t & 3) * 16;
+    const uint32_t pair = __float_as_uint(load_shared_f32(scales + j / 4 * 64 + j % 4 * 4));
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+  }
+
+  // P V of a step where blocks of V may be even. What kRound gives stays in O, and is noted: it is the same for all of
+  // a row's channels. The next step, whose V8 is -V, has -weights, which takes back most of it. While a block is added
+  // that is not even, O has that block's units.
+  __device__ __forceinline__ void add_even_products(int slot, uint32_t v_address, float (&weight)[kR]) {
+    float factor =
+        -load_shared_f32(SAGERT_AT(base, v_scale) +
+                         stage_of(slot) * kHeadDim * 2);  // of an even block; the first scale of others is positive
+    const bool even = __all_sync(~0u, factor > 0.f);      // as a vote the compiler knows
+    if (!even) {
+      change_units([&](int j) {
+        const float2 scale = scales_of(slot, j);
+        return make_float2(reciprocal_approx(scale.x), reciprocal_approx(scale.y));
+      });
+    }
+    if (!even) factor = 1.f;
+    factor = __int_as_float(__float_as_int(factor) ^ slot << 31);
+#pragma unroll
+    for (int r = 0; r < kR; ++r) weight[r] *= factor;
+    if (quad() == 0) {
+      const uint32_t place = offsets();
+      float offset[kR];
+      load_shared(offset, place);
+#pragma unroll
+      for (int r = 0; r < kR; ++r) offset[r] = fmaf(kRound, weight[r], offset[r]);
+      store_shared(place, offset);
+    }
+    uint32_t magic[4];
+    load_shared(magic, base + kMagicAt);
+#pragma unroll
+    for (int j = 0; j < kChannelTiles; ++j) {
+      Products products;
+      multiply_v(products, j, v_address, magic);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          o[m][j][i] = fmaf(__int_as_float(products[m][i]), weight[2 * m + i / 2], o[m][j][i]);
+        }
+      }
+      if (j == kCopyTile) copy_next(step_of(slot), slot);
+    }
+    if (!even) change_units([&](int j) { return scales_of(slot, j); });
+  }
+
   __device__ __forceinline__ void attend_step(int step, int slot) {
+    if (kEvenV && slot % kOffsetSteps == kOffsetSteps - 1) {
+      change_units([](int) { return make_float2(1.f, 1.f); });  // so that what O has too much stays small beside it
+    }
     const float k_scale = load_k_scale(step);
     const int stage = stage_of(slot);
     multiply_k(stage);
@@ -173,13 +281,17 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     load_shared(weight, SAGERT_AT(base, weight) + (t >> 2) * (4 * kR));
     sum_weights(weight);
     const uint32_t v_address = v_lane(stage);
+    if constexpr (kEvenV) {
+      add_even_products(slot, v_address, weight);
+      return;
+    }
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
 #pragma unroll
     for (int j = 0; j < kChannelTiles; j += 4) {
       float four[4];
       load_shared(four, scales + j * 16);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) multiply_v(j + i, v_address, __float_as_uint(four[i]), weight);
+      for (int i = 0; i < 4; ++i) add_products(j + i, v_address, __float_as_uint(four[i]), weight);
       if (j == 0) copy_next(step, slot);
     }
   }

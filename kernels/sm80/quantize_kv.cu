@@ -28,7 +28,7 @@ static_assert(kStepBlocks % kScaleBlocks == 0, "scales are of one step");
 
 struct alignas(128) Shared {
   uint8_t tile[kBuffers][kTiledV ? kStepBlocks * kTileBytes : 16];  // of V
-  float shift[kHeadDim], inverse[kHeadDim];
+  float shift[kHeadDim], inverse[kHeadDim];                         // kEvenV: its units in place of the inverse scales
   float stats[kStatsMax][kHeadDim];
   float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   uint32_t k_amax[2][kWarps];  // of steps, in turns
@@ -131,9 +131,44 @@ struct VPointers {
   VScaleType* scale;
 };
 
+// The same in units of the head's channels: one factor, negative and in the first word, where it does for all of them.
+// The first block, which may hold an attention sink, is never even.
+__device__ __forceinline__ void scale_in_units(const Shared& s, int channel, float (&amax)[kVChannels],
+                                               uint32_t (&bits)[kVChannels], int block) {
+  constexpr float kLeast = 1e-20f;  // below this the factor's inverse could overflow
+  float unit[kVChannels], largest = 0.f, squares = 0.f;
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) {
+    unit[e] = s.inverse[channel + e];
+    amax[e] = amax[e] < kTiny ? 0.f : amax[e] / unit[e];
+    largest = fmaxf(largest, amax[e]);
+  }
+  largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) squares += amax[e] / largest * (amax[e] / largest);
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
+  const bool even = block != 0 && largest >= kLeast && squares * (kEvenSpread * kEvenSpread) >= kHeadDim;
+  if (even) {
+    const float factor = largest * (1.0f / 127.0f);
+    const uint32_t word = channel == 0 ? __float_as_uint(-factor) : 0;
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) {
+      bits[e] = e < 2 ? word >> 16 * e & 0xffffu : 0;
+      amax[e] = 1.0f / (factor * unit[e]);
+    }
+  } else {
+    scale_channels(amax, bits);
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) amax[e] /= unit[e];
+  }
+#pragma unroll
+  for (int e = 0; e < kVChannels; ++e) amax[e] = block % 2 == 0 ? amax[e] : -amax[e];
+}
+
 // Scales of the channels of this thread for the block that its warp has keys of; their inverses in `inverse`.
-__device__ __forceinline__ void scale_block(const Shared& s, int turn, float (&inverse)[kVChannels], bool inside,
-                                            VScaleType* scale) {
+__device__ __forceinline__ void scale_block(const Shared& s, int turn, float (&inverse)[kVChannels], int block,
+                                            bool inside, VScaleType* scale) {
   constexpr int kSharing = kVWarps * kScaleBlocks;  // warps
   const int warp = threadIdx.x / 32, channel = kVChannels * (threadIdx.x % 32);
 #pragma unroll
@@ -146,7 +181,11 @@ __device__ __forceinline__ void scale_block(const Shared& s, int turn, float (&i
     }
   }
   uint32_t bits[kVChannels];
-  scale_channels(inverse, bits);
+  if constexpr (kEvenV) {
+    scale_in_units(s, channel, inverse, bits, block);
+  } else {
+    scale_channels(inverse, bits);
+  }
   if (inside && warp % kVWarps == 0) write_scales(bits, channel, scale);
 }
 
@@ -173,7 +212,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       for (int e = 0; e < kVChannels; ++e) s.v_amax[turn][warp][kVChannels * lane + e] = amax[e];
       __syncthreads();
       const int block = step * kStepBlocks + warp / kVWarps;
-      scale_block(s, turn, inverse, block < t.blocks,
+      scale_block(s, turn, inverse, block, block < t.blocks,
                   out.scale + (static_cast<int64_t>(bh) * t.blocks + block) * kHeadDim);
     }
     if constexpr (kBuffers == 1 && !kInt8V) __syncthreads();  // nobody reads the tile before any more
@@ -245,12 +284,26 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   quantize_k(s, in, tile, t, p.k);
 }
 
-// Shift and inverse scale of one channel of V, in s; part 0 writes what attention needs.
+// The unit of a channel of V whose mean and mean square are these: its deviation from `shift`. Any positive number
+// would do; below the shift's own rounding, and where squares overflow, the deviation is not known.
+__device__ __forceinline__ float v_unit(float mean, float square, float shift) {
+  constexpr float kLeast = 1e-10f, kMost = 1e18f;
+  const float variance = fmaxf(square - shift * (2.0f * mean - shift), 0.0f);
+  return fminf(fmaxf(sqrtf(variance), fmaxf(fabsf(shift) * 0x1p-10f, kLeast)), kMost);
+}
+
+// Shift and inverse scale, or unit, of one channel of V, in s; part 0 writes what attention needs.
 __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel) {
-  const int64_t at = t.bh * kHeadDim + channel;
+  const int64_t at = t.bh * (kHeadDim * (1 + kEvenV)) + channel;
   const float count = static_cast<float>(rows);
-  const float shift = v_shift(s.stats[kSum][channel] / count, s.stats[kSquares][channel] / count);
+  const float mean = s.stats[kSum][channel] / count, square = s.stats[kSquares][channel] / count;
+  const float shift = v_shift(mean, square);
   s.shift[channel] = shift;
+  if constexpr (kEvenV) {
+    const float unit = v_unit(mean, square, shift);
+    s.inverse[channel] = unit;
+    if (t.part == 0) p.v_mean[at + kHeadDim] = unit;
+  }
   if (t.part == 0) p.v_mean[at] = shift;
   if constexpr (!kInt8V) {
     const float amax = fmaxf(s.stats[kMax][channel] - shift, shift - s.stats[kMin][channel]);

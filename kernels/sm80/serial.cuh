@@ -30,6 +30,12 @@ struct SerialWarp : Warp {
   static constexpr int kSettled = 1 << 29;
   static __device__ __forceinline__ bool is_settled(int slot) { return kBounded && __all_sync(~0u, slot >= kSettled); }
 
+  // The step of a slot, where a register for it is missing.
+  __device__ __forceinline__ int step_of(int slot) const {
+    static_assert(!kEvenV || (kNextSlot == 1 && !kUnseenApart), "slots count up from the tile's last step");
+    return load_shared_s32(SAGERT_AT(base, tile.steps)) - 1 - slot;
+  }
+
   __device__ __forceinline__ void start(int) {}
   __device__ __forceinline__ void finish() {}
 
@@ -55,6 +61,12 @@ struct SerialWarp : Warp {
     place();
     const bool v_bad = kV == V::kIo && is_bad(1);
     store_shared(SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR), b);
+    if constexpr (kEvenV) {
+      constexpr float kNone[kR] = {};
+      store_shared(sums(), sum);
+      if (threadIdx.x < 4) store_shared_f32(base + kMagicAt + 4 * threadIdx.x, kRound);  // before the loop's barrier
+      store_shared(base + kOffsetsAt + threadIdx.x / 4 * (4 * kR), kNone);
+    }
     __syncwarp();
     Schedule& schedule = *static_cast<Schedule*>(this);
     schedule.start(slot);
@@ -92,6 +104,7 @@ struct SerialWarp : Warp {
     async_copy_wait_group<0>();
     schedule.finish();
     load_shared(b, SAGERT_AT(base, maximum) + threadIdx.x / 4 * (4 * kR));
+    if constexpr (kEvenV) load_shared(sum, sums());
     write();
   }
 };

@@ -46,7 +46,7 @@ struct Warp {
   uint32_t base;       // address of shared memory
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-  static __device__ __forceinline__ int quad() { return threadIdx.x % 4; }
+  static __device__ __forceinline__ int quad() { return (kEvenV ? thread() : threadIdx.x) % 4; }
   static __device__ __forceinline__ int first_row() { return threadIdx.x / 32 * (16 * kM); }
   static __device__ __forceinline__ int row() { return first_row() + lane() / 4; }
 
@@ -265,6 +265,9 @@ struct Warp {
     return !kCausal || __all_sync(~0u, step < load_shared_s32(SAGERT_AT(base, steps) + thread() / 32 * 4));
   }
 
+  // Where a lane's sums stand between steps.
+  __device__ __forceinline__ uint32_t sums() const { return base + kSumsAt + thread() * (4 * kR); }
+
   // What this lane gives ldmatrix of the keys and the values of a stage, and of the last keys' values of a slot.
   __device__ __forceinline__ uint32_t k_lane(int stage) const {
     if constexpr (kKeepPlaces) return kept_place(2) + stage * kKTileBytes;
@@ -479,7 +482,12 @@ struct Warp {
       undefined = undefined || x >= kMagic;
       x = kMasked;
     }
-    if (undefined) sum[r] = nan();
+    if (!undefined) return;
+    if constexpr (kEvenV) {
+      store_shared_f32(sums() + 4 * r, nan());
+    } else {
+      sum[r] = nan();
+    }
   }
 
   // Stands between parts of a step: without a branch that depends on the one before, ptxas mixes them until it has too
@@ -518,23 +526,29 @@ struct Warp {
     for (int r = 0; r < kR; ++r) {
       sum[r] = row_sum(sum[r]);
       inverse[r] = p.seqlen_k == 0 ? 0.f : 1.f / sum[r];
+      if (kEvenV && s.tile.steps % 2 == 0) inverse[r] = -inverse[r];  // the tile's first step had -V
       const int query = s.tile.row + row() + 8 * r;
       if (p.write_lse && quad() == 0 && query < p.seqlen_q) {
         float& lse = p.lse[static_cast<int64_t>(s.tile.head) * p.seqlen_q + query];
         lse = kLn2 * (__log2f(sum[r]) - b[r] + lse);
       }
     }
-    const int64_t channels = static_cast<int64_t>(s.tile.head / p.group) * kHeadDim + 2 * quad();
+    const int64_t channels = static_cast<int64_t>(s.tile.head / p.group) * (kHeadDim * (1 + kEvenV)) + 2 * quad();
+    float offset[kR] = {};
+    if constexpr (kEvenV) __syncwarp();
+    if constexpr (kEvenV) load_shared(offset, base + kOffsetsAt + threadIdx.x / 4 * (4 * kR));
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already
       if constexpr (kV == V::kFp8 || kV == V::kHalf) {
         scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
       }
+      if constexpr (kEvenV) scale = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + kHeadDim + 8 * j));
       if constexpr (kV != V::kIo) mean = __ldg(reinterpret_cast<const float2*>(p.v_mean + channels + 8 * j));
 #pragma unroll
       for (int r = 0; r < kR; ++r) {
         float* x = &o[r / 2][j][r % 2 * 2];
+        if constexpr (kEvenV) x[0] -= offset[r], x[1] -= offset[r];
         x[0] = fmaf(x[0] * inverse[r], scale.x, mean.x);
         x[1] = fmaf(x[1] * inverse[r], scale.y, mean.y);
       }

@@ -63,6 +63,8 @@ class Case:
     wide_blocks: int = 96  # the largest head_dim at which the mma family's int8_int8 scales P by blocks of 128 keys
     scale: float | None = None
     step: int | None = None  # keys that softmax takes at a time, where it is not the family's number
+    even_v: bool = False  # of a row that has even blocks of V
+    loud_v: int = 0  # every so many keys one has a hundred times the V: its block is not even
 
 
 def near_lse_max(case: Case) -> float:
@@ -84,6 +86,8 @@ def tensors(case: Case) -> list[torch.Tensor]:
             values *= torch.linspace(case.rise, 1, length)[:, None]
         if case.late_v and len(made) == 2:
             values = 0.02 * values + (torch.arange(length) >= length - LATE_KEYS)[:, None]
+        if case.loud_v and len(made) == 2:
+            values[:, :, :: case.loud_v] *= 100
         if case.sink and made:
             values[:, :, :4] = values[:, :, :4] * 0.05 if len(made) == 2 else values[:, :, :4] + SINK
         elif case.sink:
@@ -112,6 +116,7 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
     exact, exact_lse = gpu_kit.exact(q, k, v, case.causal, case.scale)
     options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale, "block_n": case.step}
+    options["even_v"] = case.even_v
     if (case.family, case.precision) == ("mma", "int8_int8") and case.head_dim <= case.wide_blocks:
         options["block_n"] = recipes.WIDE_BLOCK
     near, near_lse = reference.attention(q, k, v, **options)

@@ -20,6 +20,7 @@ ROWS = {
     "sm86": ["sm86.mma.int8_fp16"],
     "sm89": ["sm89.mma.int8_fp8"],
     "sm120": ["sm120.mma.int8_int8"],
+    "sm80 even": ["sm80.mma.int8_int8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
     "sm90 steps": ["sm90.wgmma.int8_fp8"],
 }
@@ -32,11 +33,12 @@ CHOSEN = {
     "sm86": {(128, "fp16", False), (128, "fp16", True)},
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm120": {(128, "fp16", False), (128, "fp16", True)},
+    "sm80 even": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
     "sm90 steps": {(64, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
-# What their kernels have that the manifests do not ask for: steps of a block and a half of keys.
-CONSTANTS = {"sm90 steps": {"STEP": 192, "SHARED_BYTES": 164480}}
+# What their kernels have that the manifests do not ask for: even blocks of V, and steps of a block and a half of keys.
+CONSTANTS = {"sm80 even": {"EVEN_V": 1, "SHARED_BYTES": 54160}, "sm90 steps": {"STEP": 192, "SHARED_BYTES": 164480}}
 
 
 @pytest.fixture(scope="session")
