@@ -129,3 +129,34 @@ def test_what_has_no_fp16_sums():
     for precision, family in (("int8_int8", "mma"), ("int8_fp16", "wgmma"), ("int8_fp8", "portable")):
         with pytest.raises(ValueError, match="half_sums"):
             reference.attention(q, q, q, precision=precision, family=family, half_sums=True)
+
+
+def test_even_blocks_of_v():
+    """One factor for all channels, in units of the head, but in the first block and where a channel is far louder."""
+    v = make(2, 300, 128, seed=5).float() * torch.linspace(0.01, 30.0, 128)
+    v[1, 130, 7] *= 100.0
+    values, scale = quantize.quantize_v_int8_even(v)
+    assert values.shape == v.shape
+    assert values.abs().max() <= 127.0
+    by_key = scale.repeat_interleave(64, 1)[:, :300]
+    assert ((v - values * by_key).abs() <= by_key * 0.5001).all()
+    unit = v.square().mean(1, keepdim=True).sqrt()
+    factors = scale / unit
+    even = (factors - factors[..., :1]).abs().amax(-1) <= 1e-6 * factors[..., 0]
+    assert even.tolist() == [[False] + [True] * 4, [False, True, False, True, True]]
+    own = quantize.quantize_v_int8(v, 64)[1]
+    assert torch.equal(scale[~even], own[~even])
+    assert ((factors[even] * 127.0).amax(-1) <= 2.5 * (own / unit)[even].square().mean(-1).sqrt() * 127.0).all()
+
+
+def test_accuracy_of_even_blocks_of_v():
+    q, k, v = (make(1, 1, 2048, 128, seed=seed) for seed in range(3))
+    out, _ = attend(q, k, v, "int8_int8", even_v=True)
+    exact, _ = reference.exact_attention(q, k, v)
+    assert relative_l1(out, exact) <= 0.0158
+
+
+@pytest.mark.parametrize(("precision", "family"), [("int8_fp8", "mma"), ("int8_int8", "wgmma"), ("int4_int8", "mma")])
+def test_other_rows_have_no_even_blocks_of_v(precision, family):
+    with pytest.raises(ValueError, match="leave even_v out"):
+        recipes.recipe_of(precision, family=family, even_v=True)
