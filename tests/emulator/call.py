@@ -71,6 +71,7 @@ def attention(
     smooth_k: bool = True,
     out: torch.Tensor | None = None,
     row: str = "",
+    with_lse: bool = True,
 ) -> Outcome:
     """q [B, H, S, D], k and v [B, Hk, Sk, D]; `out`: where the output goes, if not to dense memory."""
     library = _libraries.setdefault(path, abi.Library(path))
@@ -81,10 +82,11 @@ def attention(
     if out is None:
         out = place.inside.view(q.dtype).view(b, h, s, dv)
     lse = Fenced(b * h * s * 4)
-    flags = abi.LSE | abi.CAUSAL * causal | abi.NO_SMOOTH_K * (not smooth_k)
+    flags = abi.LSE * with_lse | abi.CAUSAL * causal | abi.NO_SMOOTH_K * (not smooth_k)
     args = abi.AttentionArgs(
         batch=b, heads_q=h, heads_kv=k.shape[1], seqlen_q=s, seqlen_k=k.shape[2], head_dim=d, head_dim_v=dv,
-        q=_tensor(q), k=_tensor(k), v=_tensor(v), out=_tensor(out), lse=lse.inside.data_ptr(),
+        q=_tensor(q), k=_tensor(k), v=_tensor(v), out=_tensor(out),
+        lse=lse.inside.data_ptr() if with_lse else 0,
         scale=d**-0.5 if scale is None else scale, dtype=DTYPES[q.dtype], precision=PRECISIONS[precision], flags=flags,
         row=_row(library, row) if row else 0,
     )  # fmt: skip

@@ -62,6 +62,7 @@ class Case:
     half_sums: bool = False  # of a row that sums in fp16
     wide_blocks: int = 96  # the largest head_dim at which the mma family's int8_int8 scales P by blocks of 128 keys
     scale: float | None = None
+    lse: bool = True  # where it is not asked for, rows may have other kernels
     step: int | None = None  # keys that softmax takes at a time, where it is not the family's number
     even_v: bool = False  # of a row that has even blocks of V
     loud_v: int = 0  # every so many keys one has a hundred times the V: its block is not even
@@ -102,7 +103,7 @@ def attend(path: str, case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
     poison = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=q.dtype)
     out, whole = gpu_kit.place(poison, case.memory, gpu_kit.SENTINEL, margin=512)
     options: dict[str, Any] = {"precision": case.precision, "causal": case.causal, "smooth_k": case.smooth_k}
-    made = call.attention(path, q, k, v, out=out, row=row, scale=case.scale, **options)
+    made = call.attention(path, q, k, v, out=out, row=row, scale=case.scale, with_lse=case.lse, **options)
     assert made.status == 0, made.error
     assert made.outside == []
     assert int((whole == gpu_kit.SENTINEL).sum()) >= whole.numel() - out.numel(), "wrote outside the output"
@@ -120,10 +121,11 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     if (case.family, case.precision) == ("mma", "int8_int8") and case.head_dim <= case.wide_blocks:
         options["block_n"] = recipes.WIDE_BLOCK
     near, near_lse = reference.attention(q, k, v, **options)
+    lse = made.lse if case.lse else near_lse
     return {
-        "finite": float(made.out.isfinite().all() and made.lse.isfinite().all()),
-        "near": gpu_kit.relative_l1(made.out, near), "near_lse": float((made.lse - near_lse).abs().max()),
-        "error": gpu_kit.relative_l1(made.out, exact), "lse_error": float((made.lse - exact_lse).abs().max()),
+        "finite": float(made.out.isfinite().all() and lse.isfinite().all()),
+        "near": gpu_kit.relative_l1(made.out, near), "near_lse": float((lse - near_lse).abs().max()),
+        "error": gpu_kit.relative_l1(made.out, exact), "lse_error": float((lse - exact_lse).abs().max()),
         "reference_error": gpu_kit.relative_l1(near, exact), "outputs": float(made.out.numel()),
         "cosine": float(torch.cosine_similarity(made.out.double().flatten(), exact.double().flatten(), 0)),
     }  # fmt: skip

@@ -17,8 +17,9 @@ PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")
 @pytest.mark.parametrize(
     ("precision", "lengths"), list(itertools.product(PRECISIONS, [(1, 1), (65, 129), (300, 300)])), ids=str
 )
-def test_lengths(rows, precision, lengths, head_dim, dtype, causal):
-    check(rows, Case(precision, *lengths, head_dim, dtype, causal, family="wgmma"))
+@pytest.mark.parametrize("lse", [True, False])
+def test_lengths(rows, precision, lengths, head_dim, dtype, causal, lse):
+    check(rows, Case(precision, *lengths, head_dim, dtype, causal, family="wgmma", lse=lse))
 
 
 def check(rows, case, near=None, **device):
@@ -52,7 +53,7 @@ def test_attention_sink(rows, precision, head_dim, dtype, causal, lengths):
 @pytest.mark.parametrize(
     "case",
     [
-        Case("int8_fp8", 400, 8400, 128, "fp16", factor=0.5, family="wgmma"),
+        Case("int8_fp8", 400, 8400, 128, "fp16", factor=0.5, family="wgmma", lse=False),
         Case("int8_fp8", 9000, 9000, 64, "bf16", True, factor=0.5, group=1, family="wgmma"),
     ],
     ids=["many_keys", "causal"],
@@ -65,9 +66,10 @@ def test_settled_sums(rows, case):
 AGAIN = Case("int8_fp8", 320, 2100, 128, "fp16", factor=0.2, late_v=True, family="wgmma")
 
 
-def test_tiles_again(rows):
+@pytest.mark.parametrize("lse", [True, False])
+def test_tiles_again(rows, lse):
     """Tiles whose sums in fp16 overflow, computed again when a thread block's others are done."""
-    check(rows, AGAIN, multiprocessors=2)
+    check(rows, dataclasses.replace(AGAIN, lse=lse), multiprocessors=2)
 
 
 # Tiles of at most 64 queries, whose keys all warpgroups share. Each rounds P beside a maximum of its own: e4m3 has 3 %.
@@ -79,13 +81,14 @@ JOINT = Case("int8_fp8", 200, 1700, 128, "fp16", family="wgmma")
     ("case", "multiprocessors"),
     [
         (JOINT, 1),
+        (dataclasses.replace(JOINT, lse=False), 1),
         (dataclasses.replace(JOINT, seqlen_q=64, seqlen_k=1536), 1),
         (dataclasses.replace(JOINT, seqlen_q=1541, seqlen_k=1541, head_dim=64, dtype="bf16", causal=True, group=1), 2),
         (dataclasses.replace(JOINT, seqlen_q=1, seqlen_k=13000, factor=0.5), 1),
         (dataclasses.replace(JOINT, seqlen_q=20, seqlen_k=4100, heads_kv=1, group=1), 2),
         (dataclasses.replace(JOINT, seqlen_k=2100, factor=0.2, late_v=True), 1),
     ],
-    ids=["rest", "alone", "causal", "settled", "parts", "again"],
+    ids=["rest", "without LSE", "alone", "causal", "settled", "parts", "again"],
 )
 def test_joint_tiles(rows, case, multiprocessors):
     check(rows, case, NEAR_JOINT, multiprocessors=multiprocessors)
@@ -101,11 +104,14 @@ def test_nonfinite_in_joint_tiles(rows, value, name):
 @pytest.mark.parametrize(
     "case",
     [
-        AGAIN,
-        dataclasses.replace(JOINT, heads_kv=2),
+        *(
+            dataclasses.replace(case, lse=lse)
+            for case in (AGAIN, dataclasses.replace(JOINT, heads_kv=2))
+            for lse in (True, False)
+        ),
         *(Case(p, 400, 300, 128, "fp16", family="wgmma") for p in PRECISIONS),
     ]
-    + [Case(p, 400, 400, 64, "bf16", True, family="wgmma") for p in PRECISIONS],
+    + [Case(p, 400, 400, 64, "bf16", True, family="wgmma", lse=lse) for p in PRECISIONS for lse in (True, False)],
     ids=str,
 )
 def test_bits_do_not_depend_on_the_order_of_warps(rows, case):

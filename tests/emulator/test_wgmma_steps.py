@@ -13,7 +13,11 @@ from tests.emulator.cases import Case
 NEAR_JOINT = 0.045  # e4m3 beside a maximum for each warpgroup
 PLAIN = Case("int8_fp8", 200, 700, 64, "fp16", family="wgmma", step=HALVING_STEP)
 CAUSAL = dataclasses.replace(PLAIN, seqlen_q=400, seqlen_k=400, dtype="bf16", causal=True)
-KINDS = pytest.mark.parametrize("kind", [PLAIN, CAUSAL], ids=["plain", "causal"])
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [PLAIN, CAUSAL, *(dataclasses.replace(case, lse=False) for case in (PLAIN, CAUSAL))],
+    ids=["plain", "causal", "plain without LSE", "causal without LSE"],
+)
 
 
 def run(rows, function, case, *arguments, **device):
@@ -48,7 +52,7 @@ def test_keys_that_are_not_finite(rows, kind, value, key):
 
 @pytest.mark.parametrize(
     "case",
-    [dataclasses.replace(PLAIN, seqlen_k=8400, factor=0.5), dataclasses.replace(CAUSAL, seqlen_q=5000, group=1)],
+    [dataclasses.replace(PLAIN, seqlen_k=8400, lse=False), dataclasses.replace(CAUSAL, seqlen_q=5000, group=1)],
     ids=["many_keys", "causal"],
 )
 def test_settled_sums(rows, case):
@@ -60,11 +64,11 @@ def test_settled_sums(rows, case):
 @pytest.mark.parametrize(
     ("case", "multiprocessors"),
     [
-        (dataclasses.replace(PLAIN, seqlen_k=1700), 1),
+        (dataclasses.replace(PLAIN, seqlen_k=1700, lse=False), 1),
         (dataclasses.replace(PLAIN, seqlen_q=64, seqlen_k=1536), 1),
         (dataclasses.replace(CAUSAL, seqlen_q=1541, seqlen_k=1541, group=1), 2),
         (dataclasses.replace(PLAIN, seqlen_q=20, seqlen_k=4100, group=1), 2),
-        (dataclasses.replace(PLAIN, seqlen_q=320, seqlen_k=2100, factor=0.2, late_v=True), 2),
+        (dataclasses.replace(PLAIN, seqlen_q=320, seqlen_k=2100, factor=0.2, late_v=True, lse=False), 2),
     ],
     ids=["joint", "alone", "causal", "parts", "again"],
 )
