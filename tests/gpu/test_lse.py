@@ -12,6 +12,7 @@ import torch
 from feature_cases import FeatureCase
 from feature_masks import MaskSpec
 from feature_oracle import positions_see
+from gpu_kit import block_of
 
 from sagert import quantize, recipes
 
@@ -75,8 +76,7 @@ def quantized_scores_lse(problem: feature_run.Problem, recipe: recipes.Recipe) -
                     visible, scores = seen & (part != -float("inf")), scores + part.double().clamp_min(-1e30)
             scores = scores.masked_fill(~visible, -float("inf"))
             given_back = (q[batch, head].double() * case.head_dim**-0.5) @ kv.k_shift[mine, 0].double()
-            blocks = recipes.BLOCKS[recipe.family]
-            summed = lse_of_bytes(scores, blocks) if sums_bytes(recipe) else torch.logsumexp(scores, -1)
+            summed = lse_of_bytes(scores, recipe.block_n) if sums_bytes(recipe) else torch.logsumexp(scores, -1)
             lse[batch, head] = summed + given_back
     return lse
 
@@ -96,7 +96,8 @@ def test_lse_of_the_quantized_scores(name: str, here: list[Any], info: Any, devi
     problem = feature_run.build(CASES[name], device)
     wanted: dict[recipes.Recipe, tuple[torch.Tensor, torch.Tensor]] = {}
     for row, chosen in feature_run.plans(CASES[name], here, info):
-        recipe = recipes.recipe_of(row.precision, CASES[name].smooth_k, row.family)
+        block = block_of(row, CASES[name].head_dim)
+        recipe = recipes.recipe_of(row.precision, CASES[name].smooth_k, row.family, block)
         if not sums_bytes(recipe):  # how P V is computed does not matter then
             recipe = recipes.recipe_of(f"{recipe.qk}_fp16", recipe.smooth_k, row.family)
         if recipe not in wanted:
