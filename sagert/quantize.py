@@ -12,6 +12,7 @@ from torch import Tensor
 V_BLOCK, V_MAX = 64, 126.0
 K_SAMPLE = 512  # keys, at least, that a sample has
 STORED_CHANNELS = (64, 128, 256)  # of a head: the pre-passes of tiled families pad with zeros
+EVEN_SPREAD = 2.5  # of the channels of an even block of V: the largest scale beside their root mean square
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
@@ -156,7 +157,7 @@ def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """As quantize_v_int8, but with one factor for all channels of a block where that does: kernels/sm80/blocks.cuh.
 
     The factor is of the channels' root mean squares over all keys, v being without its mean. It does where it is at
-    most 2.5 times the root mean square of the channels' own. The first block always has scales of its channels.
+    most EVEN_SPREAD times the root mean square of the channels' own. The first block always has scales of its channels.
     """
     n, keys, d = v.shape
     values, scale = quantize_v_int8(v, block)
@@ -166,7 +167,7 @@ def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(clean, (0, 0, 0, -keys % block)).reshape(n, -1, block, d)
     ratio = blocks.abs().amax(2) / unit
     largest = ratio.amax(-1, keepdim=True)
-    even = (largest > 0.0) & ((ratio / largest).square().sum(-1, keepdim=True) * 2.5**2 >= stored)
+    even = (largest > 0.0) & ((ratio / largest).square().sum(-1, keepdim=True) * EVEN_SPREAD**2 >= stored)
     even[:, 0] = False
     factor = torch.where(even, largest * torch.tensor(1.0 / 127.0, dtype=torch.float32), 1.0) * unit
     shared = torch.round(blocks / factor[:, :, None]).clamp(-127.0, 127.0).reshape(n, -1, d)[:, :keys]

@@ -91,7 +91,7 @@ Plan make_plan(const Device& device, const sagert_attention_args& args, const Va
   if (plan.int4) cut_queries(plan, tile);
   plan_v(plan, plan.v_vec && plan.v.s >= 0 && plan.v.s < kRowStrideMax, false);
   cut_keys(plan);
-  plan.v_units = plan.pv == Pv::kInt8;
+  plan.v_units = plan.pv == Pv::kInt8 && !plan.int4;
   place_buffers(plan);
   if (plan.pv == Pv::kIo && !plan.copy_v) {
     plan.attend_v = args.v.data;

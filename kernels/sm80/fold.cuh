@@ -77,12 +77,16 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     __syncwarp();
   }
 
+  static __device__ __forceinline__ void scale_shared(uint32_t place, float factor) {
+    store_shared_f32(place, load_shared_f32(place) * factor);
+  }
+
   __device__ __forceinline__ void advance_unit(int r, float highest) {
     const float next = highest + b[r] <= kLargest ? b[r] : -highest;
     const float alpha = exp2_approx(next - b[r]);
     b[r] = next;
     if constexpr (kEvenV) {
-      store_shared_f32(sums() + 4 * r, load_shared_f32(sums() + 4 * r) * alpha);
+      scale_shared(sums() + 4 * r, alpha);
     } else {
       sum[r] *= alpha;
     }
@@ -91,21 +95,10 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       o[r / 2][j][r % 2 * 2] *= alpha;
       o[r / 2][j][r % 2 * 2 + 1] *= alpha;
     }
-    if constexpr (kEvenV) scale_offset(r, alpha);
+    if (kEvenV && quad() == 0) scale_shared(offsets() + 4 * r, alpha);
   }
 
-  // What O has too much stands in shared memory, and is the first lane's of a row to change.
-  __device__ __forceinline__ uint32_t offsets() const {
-    int t = threadIdx.x;
-    forget(t);
-    return base + kOffsetsAt + (t >> 2) * (4 * kR);
-  }
-  __device__ __forceinline__ void scale_offset(int r, float alpha) {
-    const uint32_t place = offsets() + 4 * r;
-    if (quad() == 0) store_shared_f32(place, load_shared_f32(place) * alpha);
-  }
-
-  // O without what it has too much, in other units: scale_of(pair) gives those of channels 8 j + 2 quad + {0, 1}.
+  // O without what it has too much, in other units: scale_of(j) gives those of channels 8 j + 2 quad + {0, 1}.
   template <typename F>
   __device__ __forceinline__ void change_units(F scale_of) {
     float offset[kR];

@@ -131,8 +131,9 @@ struct VPointers {
   VScaleType* scale;
 };
 
-// The same in units of the head's channels: one factor, negative and in the first word, where it does for all of them.
-// The first block, which may hold an attention sink, is never even.
+// Scales, as bf16, of channels in the head's units, or, in an even block, the factor of all of them: negative, the
+// first word of the scales. The inverses take the place of `amax`, the channels' largest magnitudes. The first block,
+// which may hold an attention sink, is never even.
 __device__ __forceinline__ void scale_in_units(const Shared& s, int channel, float (&amax)[kVChannels],
                                                uint32_t (&bits)[kVChannels], int block) {
   constexpr float kLeast = 1e-20f;  // below this the factor's inverse could overflow

@@ -65,7 +65,7 @@ struct SerialWarp : Warp {
       constexpr float kNone[kR] = {};
       store_shared(sums(), sum);
       if (threadIdx.x < 4) store_shared_f32(base + kMagicAt + 4 * threadIdx.x, kRound);  // before the loop's barrier
-      store_shared(base + kOffsetsAt + threadIdx.x / 4 * (4 * kR), kNone);
+      store_shared(offsets(), kNone);
     }
     __syncwarp();
     Schedule& schedule = *static_cast<Schedule*>(this);

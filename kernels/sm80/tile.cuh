@@ -136,15 +136,15 @@ struct Bounds {
   float bound[kWarps][8][2 * kM];  // what no score of a row exceeds; the rows of a lane stand together
 };
 constexpr int kPlacesAt = sizeof(Shared), kTargetsAt = kPlacesAt + sizeof(Places::sources);
-struct Offsets {
+struct EvenState {                  // where blocks of V may be even
   float offset[kWarps][8][2 * kM];  // what O has too much; the rows of a lane stand together
   uint32_t magic[4];                // kMagic: of a constant ptxas would make four registers for every product
   float sum[kThreads][2 * kM];      // of a lane's weights, for want of registers
 };
 constexpr int kBoundsAt = kPlacesAt + (kKeepPlaces ? sizeof(Places) : 0);
 constexpr int kOffsetsAt = kBoundsAt + (kBounded ? sizeof(Bounds) : 0);
-constexpr int kMagicAt = kOffsetsAt + sizeof(Offsets::offset), kSumsAt = kMagicAt + sizeof(Offsets::magic);
-constexpr int kSharedBytes = kOffsetsAt + (kEvenV ? sizeof(Offsets) : 0);
+constexpr int kMagicAt = kOffsetsAt + sizeof(EvenState::offset), kSumsAt = kMagicAt + sizeof(EvenState::magic);
+constexpr int kSharedBytes = kOffsetsAt + (kEvenV ? sizeof(EvenState) : 0);
 
 // Steps' places in the rings follow one another, downwards as the steps do or upwards: registers suffice for one way.
 constexpr int kNextSlot = kTailKeys != 0 ? -1 : 1;

@@ -265,8 +265,10 @@ struct Warp {
     return !kCausal || __all_sync(~0u, step < load_shared_s32(SAGERT_AT(base, steps) + thread() / 32 * 4));
   }
 
-  // Where a lane's sums stand between steps.
+  // Where blocks of V may be even: places of a lane's sums between steps, and of what O has too much, which is the
+  // first lane's of a row to change.
   __device__ __forceinline__ uint32_t sums() const { return base + kSumsAt + thread() * (4 * kR); }
+  __device__ __forceinline__ uint32_t offsets() const { return base + kOffsetsAt + (thread() >> 2) * (4 * kR); }
 
   // What this lane gives ldmatrix of the keys and the values of a stage, and of the last keys' values of a slot.
   __device__ __forceinline__ uint32_t k_lane(int stage) const {
@@ -535,8 +537,10 @@ struct Warp {
     }
     const int64_t channels = static_cast<int64_t>(s.tile.head / p.group) * (kHeadDim * (1 + kEvenV)) + 2 * quad();
     float offset[kR] = {};
-    if constexpr (kEvenV) __syncwarp();
-    if constexpr (kEvenV) load_shared(offset, base + kOffsetsAt + threadIdx.x / 4 * (4 * kR));
+    if constexpr (kEvenV) {
+      __syncwarp();  // the first lanes have stored them
+      load_shared(offset, offsets());
+    }
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {
       float2 scale = {1.f, 1.f}, mean = {0.f, 0.f};  // scales of a block are in O already

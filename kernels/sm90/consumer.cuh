@@ -197,10 +197,10 @@ struct Consumer : ConsumerBase {
   // The same for a step with masks.
   template <bool kHalf>
   __device__ __forceinline__ void reduce_masked(Factors& c, const float (&k_scale)[kPieces], int step) {
-    uint32_t bad = bad_keys(step);
+    uint32_t bad = kSide == 0 ? bad_keys(step) : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      bool undefined = false;
+      bool undefined;
       float largest = kLowest;
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
@@ -335,40 +335,40 @@ struct Consumer : ConsumerBase {
     }
   }
 
-  // The steps from `block` down to `stop`, one of `stride`, of which the first `masked` need masks; below 0: none to
+  // The steps from `step` down to `stop`, one of `stride`, of which the first `masked` need masks; below 0: none to
   // come needs maxima.
   template <bool kHalf>
-  __device__ __forceinline__ void attend_run(int& block, int stop, int stride, int& masked) {
+  __device__ __forceinline__ void attend_run(int& step, int stop, int stride, int& masked) {
     const uint32_t head_scales = kSide == 0 ? 0 : head_k_scales();
 #pragma unroll 1
-    for (; block >= stop; block -= stride) {
+    for (; step >= stop; step -= stride) {
       float k_scale[kPieces];
       if constexpr (kSide != 0) {
-        k_scales_at(head_scales, block, k_scale);
+        k_scales_at(head_scales, step, k_scale);
       } else {
-        k_scale[0] = kFewRegisters<kHalf> ? k_scale_at(block) : next_k_scale();
+        k_scale[0] = kFewRegisters<kHalf> ? k_scale_at(step) : next_k_scale();
       }
       issue_qk(scores);
-      if (kFindsNonfinite && masked > 0) hide_nonfinite(block);
+      if (kFindsNonfinite && masked > 0) hide_nonfinite(step);
       wgmma_wait<0>();
       pin(scores);
       Factors c;
       if (masked > 0) {
         --masked;
-        reduce_masked<kHalf>(c, k_scale, block);
+        reduce_masked<kHalf>(c, k_scale, step);
         if (kBounded && masked == 0 && bounded()) masked = -1;
       } else if (kBounded && masked < 0) {
         set_scales<kHalf>(c, k_scale);
       } else if (reduce<kHalf>(c, k_scale) && bounded()) {
         masked = -1;
       }
-      weigh<kHalf, 0>(c, block);
+      weigh<kHalf, 0>(c, step);
       wgmma_wait<0>();
       pin_sums<kHalf>();
       pin_first<kWeights>(scores);
       if constexpr (kOnes != 0) take_sums<kHalf>();
       release_block();
-      if (stride > 1) skip_blocks(min(stride - 1, block - static_cast<int>(uniform(task().begin))));
+      if (stride > 1) skip_blocks(min(stride - 1, step - static_cast<int>(uniform(task().begin))));
     }
   }
 
@@ -378,9 +378,9 @@ struct Consumer : ConsumerBase {
   __device__ __forceinline__ void attend_blocks(int stride) {
     int masked = uniform(task().masked);
     const int begin = uniform(task().begin);
-    int block = static_cast<int>(uniform(task().end)) - 1;
+    int step = static_cast<int>(uniform(task().end)) - 1;
     if constexpr (!kHalf) {
-      attend_run<kHalf>(block, begin, stride, masked);
+      attend_run<kHalf>(step, begin, stride, masked);
       return;
     }
     half.clear();
@@ -389,10 +389,10 @@ struct Consumer : ConsumerBase {
     static_assert(kFirstLook * kStep * 112 < 65504);
     int seen = 0, next = kFirstLook;
 #pragma unroll 1
-    while (block >= begin) {
-      const int stop = max(begin, block + stride * (1 + seen - next));
-      attend_run<kHalf>(block, static_cast<int>(uniform(stop)), stride, masked);
-      if (block < begin) break;
+    while (step >= begin) {
+      const int stop = max(begin, step + stride * (1 + seen - next));
+      attend_run<kHalf>(step, static_cast<int>(uniform(stop)), stride, masked);
+      if (step < begin) break;
       seen = next;
       next = seen < kSettleSteps ? min(4 * seen, seen + kSettleSteps / 2) : seen + kSettleSteps;
       bound_sums();

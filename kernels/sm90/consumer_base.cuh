@@ -60,6 +60,11 @@ struct ConsumerBase {
     k_scales -= 4;
     return scale;
   }
+  // The same of a block, without a pointer that stays.
+  __device__ __forceinline__ float k_scale_at(int block) const {
+    return __ldg(p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad());
+  }
+
   // Where the scales of this thread's keys of a head's blocks begin: a pointer would take two registers.
   __device__ __forceinline__ uint32_t head_k_scales() const {
     return static_cast<uint32_t>(task().head_kv) * p.blocks * 4 + quad();
@@ -70,11 +75,6 @@ struct ConsumerBase {
     const uint32_t side = head + 4 * side_block(step);
     scales[0] = __ldg(p.k_scale + (side + ((step & 1) * 8 - 4)));
     scales[kPieces - 1] = __ldg(p.k_scale + side);
-  }
-
-  // The same of a block, without a pointer that stays.
-  __device__ __forceinline__ float k_scale_at(int block) const {
-    return __ldg(p.k_scale + (static_cast<int64_t>(task().head_kv) * p.blocks + block) * 4 + quad());
   }
 
   __device__ __forceinline__ void issue_qk(Scores& scores) {

@@ -25,8 +25,8 @@ __device__ __forceinline__ void write_ones(Shared& s) {
   fence_async_shared();
 }
 
-// The same of a step with half of a block beside the whole one. The last step may lack one of them: its keys are
-// masked, and any finite values do.
+// Starts the copies of a step with half of a block beside the whole one. The last step may lack one of them: its keys
+// are masked, and any finite values do.
 __device__ __forceinline__ void load_pieces(const Params& p, Shared& s, int stage, int head_kv, int step) {
   const uint32_t full = shared_address(&s.full[stage]);
   const int64_t head = static_cast<int64_t>(head_kv) * p.blocks * kTileBytes;
@@ -40,20 +40,20 @@ __device__ __forceinline__ void load_pieces(const Params& p, Shared& s, int stag
   bulk_load(shared_address(s.v[stage] + kVSlotBytes), p.v8 + side, kTileBytes, full);
 }
 
-// Starts the copies of step `block` of head `head_kv` to a stage. One lane calls it.
-__device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage, int head_kv, int block) {
+// Starts the copies of step `step` of head `head_kv` to a stage. One lane calls it.
+__device__ __forceinline__ void load_step(const Params& p, Shared& s, int stage, int head_kv, int step) {
   if constexpr (kSide != 0) {
-    load_pieces(p, s, stage, head_kv, block);
+    load_pieces(p, s, stage, head_kv, step);
     return;
   }
   const uint32_t full = shared_address(&s.full[stage]);
-  const int64_t place = (static_cast<int64_t>(head_kv) * p.blocks + block) * kTileBytes;
+  const int64_t place = (static_cast<int64_t>(head_kv) * p.blocks + step) * kTileBytes;
   mbarrier_arrive_expect(full, kTileBytes + kVTileBytes);
   bulk_load(shared_address(s.k[stage]), p.k8 + place, kTileBytes, full);
   if constexpr (kV == V::kIo) {
     const int heads = p.heads_q / p.group;
     for (int channel = 0; channel < kHeadDim; channel += kMapWidth) {
-      bulk_load_tensor(shared_address(s.v[stage] + channel * kBlock * 2), p.v_map, channel, block * kBlock,
+      bulk_load_tensor(shared_address(s.v[stage] + channel * kBlock * 2), p.v_map, channel, step * kBlock,
                        head_kv % heads, head_kv / heads, full);
     }
   } else {
@@ -64,17 +64,17 @@ __device__ __forceinline__ void load_block(const Params& p, Shared& s, int stage
 // Steps before the end of a tile at which the next one is taken: time for the scouts to have its queries copied.
 constexpr int kLead = 4;
 
-// Feeds the blocks of tile `index`; calls `near_end` shortly before the last ones.
+// Feeds the steps of tile `index`; calls `near_end` shortly before the last ones.
 template <typename F>
 __device__ __forceinline__ void feed_tile(const Params& p, Shared& s, Ring<kStages>& ring, int index, F near_end) {
   const Tile tile = tile_at(p, index);
   const int head_kv = tile.head / p.group;
-  int block = tile.end - 1;
+  int step = tile.end - 1;
   auto feed = [&](int begin) {
 #pragma unroll 1
-    for (; block >= begin; --block) {
+    for (; step >= begin; --step) {
       mbarrier_wait(shared_address(&s.empty[ring.stage]), ring.parity ^ 1);
-      if (elect_one()) load_block(p, s, ring.stage, head_kv, block);
+      if (elect_one()) load_step(p, s, ring.stage, head_kv, step);
       ring.advance();
     }
   };

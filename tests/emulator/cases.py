@@ -24,6 +24,7 @@ ACCURACY = {  # rel_l1_randn of the rows
     "int8_fp16": 0.0114, "int8_int8": 0.0158, "int8_fp8": 0.039, "int4_fp16": 0.2, "int4_int8": 0.2,
     "int4_fp8": 0.2,
 }  # fmt: skip
+NEAR_JOINT = 0.045  # of int8_fp8, where warpgroups share a tile's keys: each rounds P beside a maximum of its own
 LATE_KEYS = 128
 SINK = 0.8  # added to every channel of Q and of the first keys: of head_dim 128, 7 more logits
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

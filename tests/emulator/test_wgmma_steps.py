@@ -10,7 +10,6 @@ from sagert.exponential import HALVING_STEP
 from tests.emulator import cases
 from tests.emulator.cases import Case
 
-NEAR_JOINT = 0.045  # e4m3 beside a maximum for each warpgroup
 PLAIN = Case("int8_fp8", 200, 700, 64, "fp16", family="wgmma", step=HALVING_STEP)
 CAUSAL = dataclasses.replace(PLAIN, seqlen_q=400, seqlen_k=400, dtype="bf16", causal=True)
 KINDS = pytest.mark.parametrize(
@@ -73,7 +72,7 @@ def test_settled_sums(rows, case):
     ids=["joint", "alone", "causal", "parts", "again"],
 )
 def test_joint_tiles_parts_and_tiles_again(rows, case, multiprocessors):
-    check(rows, case, NEAR_JOINT, multiprocessors=multiprocessors)
+    check(rows, case, cases.NEAR_JOINT, multiprocessors=multiprocessors)
 
 
 @KINDS

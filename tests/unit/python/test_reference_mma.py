@@ -2,6 +2,8 @@
 """What the reference has of the mma family alone: Q and K in INT4, and sums in fp16."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -146,7 +148,12 @@ def test_even_blocks_of_v():
     assert even.tolist() == [[False] + [True] * 4, [False, True, False, True, True]]
     own = quantize.quantize_v_int8(v, 64)[1]
     assert torch.equal(scale[~even], own[~even])
-    assert ((factors[even] * 127.0).amax(-1) <= 2.5 * (own / unit)[even].square().mean(-1).sqrt() * 127.0).all()
+    assert (factors[even].amax(-1) <= 2.5 * (own / unit)[even].square().mean(-1).sqrt()).all()
+
+
+def test_spread_of_even_blocks_is_the_kernels():
+    text = (Path(__file__).parents[3] / "kernels/sm80/blocks.cuh").read_text()
+    assert float(re.search(r"kEvenSpread = ([\d.]+)f;", text)[1]) == quantize.EVEN_SPREAD
 
 
 def test_accuracy_of_even_blocks_of_v():
