@@ -13,6 +13,7 @@ V_BLOCK, V_MAX = 64, 126.0
 K_SAMPLE = 512  # keys, at least, that a sample has
 STORED_CHANNELS = (64, 128, 256)  # of a head: the pre-passes of tiled families pad with zeros
 EVEN_SPREAD = 2.5  # of the channels of an even block of V: the largest scale beside their root mean square
+SINK_KEYS, SINK_LOUDNESS = 4, 0.5  # of V's first keys, if none is a sink: its largest value beside the first block's
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
 
@@ -156,23 +157,25 @@ def quantize_v_int8(
 def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """As quantize_v_int8, but with one factor for all channels of a block where that does: kernels/sm80/blocks.cuh.
 
-    The factor is of the channels' root mean squares over all keys, v being without its mean. It does where it is at
-    most EVEN_SPREAD times the root mean square of the channels' own. The first block always has scales of its channels.
+    Scales are in units of the channels, their root mean squares over all keys, v being without its mean. The factor
+    does where it is at most EVEN_SPREAD times the root mean square of the channels' scales, but not in a first block
+    where one of the first keys may be an attention sink.
     """
     n, keys, d = v.shape
-    values, scale = quantize_v_int8(v, block)
     clean = torch.where(v.isfinite(), v, 0.0)
     unit = clean.square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
+    values, scale = quantize_v_int8(clean / unit, block)
     stored = next(channels for channels in STORED_CHANNELS if channels >= d)
     blocks = torch.nn.functional.pad(clean, (0, 0, 0, -keys % block)).reshape(n, -1, block, d)
     ratio = blocks.abs().amax(2) / unit
     largest = ratio.amax(-1, keepdim=True)
     even = (largest > 0.0) & ((ratio / largest).square().sum(-1, keepdim=True) * EVEN_SPREAD**2 >= stored)
-    even[:, 0] = False
+    quietest = (clean / unit)[:, :SINK_KEYS].abs().amax(-1).amin(-1)
+    even[:, 0] &= quietest[:, None] >= SINK_LOUDNESS * largest[:, 0]
     factor = torch.where(even, largest * torch.tensor(1.0 / 127.0, dtype=torch.float32), 1.0) * unit
     shared = torch.round(blocks / factor[:, :, None]).clamp(-127.0, 127.0).reshape(n, -1, d)[:, :keys]
     by_key = even.repeat_interleave(block, 1)[:, :keys]
-    return torch.where(by_key, shared, values), torch.where(even, factor, scale)
+    return torch.where(by_key, shared, values), torch.where(even, factor, scale * unit)
 
 
 def encode_v_int8(values: Tensor, v: Tensor) -> Tensor:

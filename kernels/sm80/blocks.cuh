@@ -16,6 +16,8 @@ static_assert(kScaleBlocks == 1 || (kScaleBlocks == 2 && kV == V::kInt8 && !kInt
 // of their own, in these units. In blocks of odd numbers V8 is -V then.
 constexpr bool kEvenV = EVEN_V != 0;
 static_assert(!kEvenV || (kScaleBlocks == 1 && kV == V::kInt8 && !kInt4), "written for INT8 alone");
-constexpr float kEvenSpread = 2.5f;  // of an even block's channels: the largest scale beside their root mean square
+constexpr float kEvenSpread = 2.5f;    // of an even block's channels: the largest scale beside their root mean square
+constexpr int kSinkKeys = 4;           // of a head's first ones
+constexpr float kSinkLoudness = 0.5f;  // of one that is no attention sink: its largest value beside the block's
 
 }  // namespace sagert

@@ -7,21 +7,20 @@
 // both use all their bits. The weights' sums are those of the bytes.
 #pragma once
 
-#include "ptx/half2.cuh"
 #include "serial.cuh"
 
 namespace sagert {
 
-// Bytes come by way of fp16, whose last bits are the integer: of the subnormal numbers, or where 1024 is added.
-constexpr bool kSubnormal = kEvenV;
-constexpr float kLog2PMax = 7.994353436858858f - (kSubnormal ? 24.f : 0.f);  // log2(255), in units of the integer
+// Bytes are the last bits of subnormal numbers of fp16, of which log2(255) is in units of the integer.
+constexpr float kLog2PMax = 7.994353436858858f - 24.f;
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalf1024 = 0x6400u;           // fp16 with a last bit of 1
-constexpr bool kRowFirst = kChannels <= 128;      // registers are too short for it beyond
-constexpr int kParts = kStep / 32;                // of 32 keys, that an instruction takes
-constexpr int kCopyTile = kChannelTiles / 4 * 3;  // behind which the next step is copied: earlier ptxas spills
-constexpr int kOffsetSteps = 256;                 // behind which O loses what it has too much
-using Weights = uint32_t[kParts][kM][4];          // A fragments of P V
+constexpr bool kRowFirst = kChannels <= 128;  // registers are too short for it beyond
+constexpr int kParts = kStep / 32;            // of 32 keys, that an instruction takes
+constexpr int kOffsetSteps = 256;             // behind which O loses what it has too much
+// Of a step with even blocks, behind which tiles of 8 channels what follows stands: ptxas spills elsewhere, or is
+// slower.
+constexpr int kCopyTile = 4, kSumTile = 6, kHoldTile = 7;
+using Weights = uint32_t[kParts][kM][4];  // A fragments of P V
 
 struct FoldWarp : SerialWarp<FoldWarp> {
   using SerialWarp::SerialWarp;
@@ -129,7 +128,6 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       const float first = exp2_approx(fmaf(__int_as_float(x[0]), c[r], d[r]));
       const float second = exp2_approx(fmaf(__int_as_float(x[1]), c[r], d[r]));
       pairs[n] = to_fp16x2(first, second);
-      if constexpr (!kSubnormal) pairs[n] = half2_add(pairs[n], kHalf1024 << 16 | kHalf1024);
     }
     weights[part][m][i] = __byte_perm(pairs[0], pairs[1], 0x6420);
   }
@@ -209,33 +207,40 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     forget(t);
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage_of(slot) * kHeadDim * 2 + (t & 3) * 16;
     const uint32_t pair = __float_as_uint(load_shared_f32(scales + j / 4 * 64 + j % 4 * 4));
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+  }
+
+  // The factor of an even block. The first scale of another is positive, and this is not.
+  __device__ __forceinline__ float factor_of(int slot) const {
+    forget(slot);
+    return -load_shared_f32(SAGERT_AT(base, v_scale) + stage_of(slot) * kHeadDim * 2);
+  }
+
+  // All lanes agree: as a vote the compiler knows.
+  __device__ __forceinline__ bool is_even(int slot) const { return __all_sync(~0u, factor_of(slot) > 0.f); }
+
+  // While a block is added that is not even, O has that block's units. In front of the step, where registers are free.
+  __device__ __forceinline__ void take_units_of(int slot) {
+    change_units([&](int j) {
+      const float2 scale = scales_of(slot, j);
+      return make_float2(reciprocal_approx(scale.x), reciprocal_approx(scale.y));
+    });
   }
 
   // P V of a step where blocks of V may be even. What kRound gives stays in O, and is noted: it is the same for all of
-  // a row's channels. The next step, whose V8 is -V, has -weights, which takes back most of it. While a block is added
-  // that is not even, O has that block's units.
-  __device__ __forceinline__ void add_even_products(int slot, uint32_t v_address, float (&weight)[kR]) {
-    float factor =
-        -load_shared_f32(SAGERT_AT(base, v_scale) +
-                         stage_of(slot) * kHeadDim * 2);  // of an even block; the first scale of others is positive
-    const bool even = __all_sync(~0u, factor > 0.f);      // as a vote the compiler knows
-    if (!even) {
-      change_units([&](int j) {
-        const float2 scale = scales_of(slot, j);
-        return make_float2(reciprocal_approx(scale.x), reciprocal_approx(scale.y));
-      });
-    }
-    if (!even) factor = 1.f;
+  // a row's channels. The next step, whose V8 is -V, has -weights, which takes back most of it.
+  __device__ __forceinline__ void add_even_products(int slot, uint32_t v_address, const float (&weight)[kR]) {
+    float factor = factor_of(slot), unit[kR];
+    if (!(factor > 0.f)) factor = 1.f;
     factor = __int_as_float(__float_as_int(factor) ^ slot << 31);
 #pragma unroll
-    for (int r = 0; r < kR; ++r) weight[r] *= factor;
+    for (int r = 0; r < kR; ++r) unit[r] = weight[r] * factor;
     if (quad() == 0) {
       const uint32_t place = offsets();
       float offset[kR];
       load_shared(offset, place);
 #pragma unroll
-      for (int r = 0; r < kR; ++r) offset[r] = fmaf(kRound, weight[r], offset[r]);
+      for (int r = 0; r < kR; ++r) offset[r] = fmaf(kRound, unit[r], offset[r]);
       store_shared(place, offset);
     }
     uint32_t magic[4];
@@ -248,17 +253,21 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          o[m][j][i] = fmaf(__int_as_float(products[m][i]), weight[2 * m + i / 2], o[m][j][i]);
+          o[m][j][i] = fmaf(__int_as_float(products[m][i]), unit[2 * m + i / 2], o[m][j][i]);
         }
       }
       if (j == kCopyTile) copy_next(step_of(slot), slot);
+      if (j == kSumTile) sum_weights(weight);
+      if (j == kHoldTile && __any_sync(~0u, products[0][0] == ~0)) __nanosleep(1);  // as Warp::hold()
     }
-    if (!even) change_units([&](int j) { return scales_of(slot, j); });
   }
 
   __device__ __forceinline__ void attend_step(int step, int slot) {
-    if (kEvenV && slot % kOffsetSteps == kOffsetSteps - 1) {
-      change_units([](int) { return make_float2(1.f, 1.f); });  // so that what O has too much stays small beside it
+    if constexpr (kEvenV) {
+      if (slot % kOffsetSteps == kOffsetSteps - 1) {
+        change_units([](int) { return make_float2(1.f, 1.f); });  // so that what O has too much stays small beside it
+      }
+      if (!is_even(slot)) take_units_of(slot);
     }
     const float k_scale = load_k_scale(step);
     const int stage = stage_of(slot);
@@ -266,19 +275,20 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     mask(step);
     reduce_step(stage, k_scale);
 #pragma unroll
-    for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i / 4 % kM, i % 4);
-    if constexpr (kChannels > 64 || kStepBlocks > 1) hold();
+    for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i % kM, i / kM % 4);
+    if constexpr (!kEvenV && (kChannels > 64 || kStepBlocks > 1)) hold();
     int t = threadIdx.x;
     forget(t);
     float weight[kR];
     load_shared(weight, SAGERT_AT(base, weight) + (t >> 2) * (4 * kR));
-    sum_weights(weight);
-    const uint32_t v_address = v_lane(stage);
     if constexpr (kEvenV) {
-      add_even_products(slot, v_address, weight);
+      add_even_products(slot, v_lane(stage), weight);
+      if (!is_even(slot)) change_units([&](int j) { return scales_of(slot, j); });
       return;
     }
+    const uint32_t v_address = v_lane(stage);
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage * kHeadDim * 2 + (threadIdx.x & 3) * 16;
+    sum_weights(weight);
 #pragma unroll
     for (int j = 0; j < kChannelTiles; j += 4) {
       float four[4];
@@ -286,6 +296,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) add_products(j + i, v_address, __float_as_uint(four[i]), weight);
       if (j == 0) copy_next(step, slot);
+      if (kChannels == 96 && j == 0 && __any_sync(~0u, o[0][0][0] == kLowest)) __nanosleep(1);  // as Warp::hold()
     }
   }
 };

@@ -33,7 +33,8 @@ struct alignas(128) Shared {
   float v_amax[kBuffers][kInt8V ? kWarps : 1][kInt8V ? kHeadDim : 1];
   uint32_t k_amax[2][kWarps];  // of steps, in turns
   int64_t channel_stride;
-  uint32_t norm;  // bits, of this block's keys
+  uint32_t norm;   // bits, of this block's keys
+  float quietest;  // kEvenV: of a head's first keys, in units of the channels
 };
 
 // The keys that fall to this block: of a head with `blocks` blocks, in steps [first, last) of 128 keys.
@@ -131,9 +132,26 @@ struct VPointers {
   VScaleType* scale;
 };
 
+// The largest magnitude of the quietest of a head's first keys, in units of the channels; by the first warp.
+__device__ __forceinline__ float quietest_key(const Shared& s, const VTile& tile, const float (&shift)[kVChannels],
+                                              int keys) {
+  float least = infinity();
+#pragma unroll
+  for (int key = 0; key < kSinkKeys; ++key) {
+    float largest = 0.f;
+#pragma unroll
+    for (int e = 0; e < kVChannels; ++e) {
+      largest = fmaxf(largest, fabsf(tile.get<true>(key, e, shift, keys)) / s.inverse[kVChannels * threadIdx.x + e]);
+    }
+    largest = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(largest)));
+    if (key < keys) least = fminf(least, largest);
+  }
+  return least;
+}
+
 // Scales, as bf16, of channels in the head's units, or, in an even block, the factor of all of them: negative, the
-// first word of the scales. The inverses take the place of `amax`, the channels' largest magnitudes. The first block,
-// which may hold an attention sink, is never even.
+// first word of the scales. The inverses take the place of `amax`, the channels' largest magnitudes. The first block is
+// not even where it has a key like an attention sink, of which most queries read V alone: its V is small.
 __device__ __forceinline__ void scale_in_units(const Shared& s, int channel, float (&amax)[kVChannels],
                                                uint32_t (&bits)[kVChannels], int block) {
   constexpr float kLeast = 1e-20f;  // below this the factor's inverse could overflow
@@ -149,7 +167,8 @@ __device__ __forceinline__ void scale_in_units(const Shared& s, int channel, flo
   for (int e = 0; e < kVChannels; ++e) squares += amax[e] / largest * (amax[e] / largest);
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(~0u, squares, lanes);
-  const bool even = block != 0 && largest >= kLeast && squares * (kEvenSpread * kEvenSpread) >= kHeadDim;
+  const bool loud = block != 0 || s.quietest >= kSinkLoudness * largest;
+  const bool even = loud && largest >= kLeast && squares * (kEvenSpread * kEvenSpread) >= kHeadDim;
   if (even) {
     const float factor = largest * (1.0f / 127.0f);
     const uint32_t word = channel == 0 ? __float_as_uint(-factor) : 0;
@@ -211,6 +230,7 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       channel_amax<true>(amax, tile, shift, rows_left - first_row);
 #pragma unroll
       for (int e = 0; e < kVChannels; ++e) s.v_amax[turn][warp][kVChannels * lane + e] = amax[e];
+      if (kEvenV && step == 0 && warp == 0) s.quietest = quietest_key(s, tile, shift, rows_left);
       __syncthreads();
       const int block = step * kStepBlocks + warp / kVWarps;
       scale_block(s, turn, inverse, block, block < t.blocks,

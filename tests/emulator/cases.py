@@ -65,7 +65,6 @@ class Case:
     scale: float | None = None
     lse: bool = True  # where it is not asked for, rows may have other kernels
     step: int | None = None  # keys that softmax takes at a time, where it is not the family's number
-    even_v: bool = False  # of a row that has even blocks of V
     loud_v: int = 0  # every so many keys one has a hundred times the V: its block is not even
 
 
@@ -118,9 +117,11 @@ def figures(path: str, case: Case, row: str = "") -> dict[str, float]:
     options: dict[str, Any] = {"precision": case.precision, "is_causal": case.causal, "smooth_k": case.smooth_k}
     exact, exact_lse = gpu_kit.exact(q, k, v, case.causal, case.scale)
     options |= {"family": case.family, "half_sums": case.half_sums, "scale": case.scale, "block_n": case.step}
-    options["even_v"] = case.even_v
-    if (case.family, case.precision) == ("mma", "int8_int8") and case.head_dim <= case.wide_blocks:
-        options["block_n"] = recipes.WIDE_BLOCK
+    if (case.family, case.precision) == ("mma", "int8_int8"):
+        if case.head_dim <= case.wide_blocks:
+            options["block_n"] = recipes.WIDE_BLOCK
+        else:
+            options["even_v"] = case.head_dim <= 128
     near, near_lse = reference.attention(q, k, v, **options)
     lse = made.lse if case.lse else near_lse
     return {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mma family's int8_int8 at 128 channels, built for even blocks of V: one factor for all channels of a block."""
+"""The mma family's int8_int8 at 128 channels, where blocks of V may be even: one factor for all of their channels."""
 
 import dataclasses
 import math
@@ -9,33 +9,52 @@ import pytest
 from tests.emulator import cases
 from tests.emulator.cases import Case
 
-PLAIN = Case("int8_int8", 130, 300, 128, "fp16", v_mean=1.0, wide_blocks=0, even_v=True)
+PLAIN = Case("int8_int8", 130, 300, 128, "fp16", v_mean=1.0, wide_blocks=0)
 KINDS = pytest.mark.parametrize("kind", [PLAIN, dataclasses.replace(PLAIN, causal=True)], ids=["plain", "causal"])
+ARCHES = pytest.mark.parametrize("arch", ["sm80", "sm86"])  # blocks of four and of eight warps
 
 
-def run(rows, function, case, *arguments):
-    return rows.run("sm80 even", function, case, *arguments)
+def run(rows, function, case, *arguments, arch="sm80"):
+    return rows.run(arch, function, case, *arguments)
 
 
-def check(rows, case):
-    cases.check_figures(run(rows, cases.figures, case), case)
-
-
-@KINDS
-@pytest.mark.parametrize(("s", "sk"), [(1, 1), (1, 300), (63, 65), (65, 64), (128, 128), (130, 129), (300, 193)])
-def test_lengths(rows, s, sk, kind):
-    check(rows, dataclasses.replace(kind, seqlen_q=s, seqlen_k=sk))
+def check(rows, case, arch="sm80"):
+    cases.check_figures(run(rows, cases.figures, case, arch=arch), case)
 
 
 @KINDS
+@ARCHES
+@pytest.mark.parametrize("s_sk", [(1, 1), (1, 300), (63, 65), (65, 64), (128, 128), (130, 129), (300, 193)])
+def test_lengths(rows, s_sk, arch, kind):
+    check(rows, dataclasses.replace(kind, seqlen_q=s_sk[0], seqlen_k=s_sk[1]), arch)
+
+
+@KINDS
+def test_no_keys(rows, kind):
+    out, _ = run(rows, cases.bits, dataclasses.replace(kind, seqlen_k=0))
+    assert not any(out)
+
+
+@KINDS
+@ARCHES
 @pytest.mark.parametrize("every", [64, 90, 128, 150, 192])
-def test_blocks_that_are_not_even(rows, every, kind):
+def test_blocks_that_are_not_even(rows, every, arch, kind):
     """In turn with even ones, of even and of odd numbers."""
     case = dataclasses.replace(kind, seqlen_q=200, seqlen_k=700, loud_v=every, v_mean=0.0)
-    found = run(rows, cases.figures, case)
+    found = run(rows, cases.figures, case, arch=arch)
     assert found["finite"]
     assert found["near"] <= cases.NEAR[case.precision], found
     assert found["near_lse"] <= cases.near_lse_max(case), found
+
+
+@KINDS
+@ARCHES
+def test_attention_sink(rows, arch, kind):
+    """The first keys have most of the weight and little V, so their block is not even."""
+    case = dataclasses.replace(kind, seqlen_q=200, seqlen_k=450, sink=True)
+    found = run(rows, cases.figures, case, arch=arch)
+    assert found["finite"]
+    assert found["near"] <= cases.NEAR[case.precision], found
 
 
 @KINDS

@@ -12,7 +12,7 @@ import torch
 from feature_cases import FeatureCase
 from feature_masks import MaskSpec
 from feature_oracle import positions_see
-from gpu_kit import block_of
+from gpu_kit import arithmetic
 
 from sagert import quantize, recipes
 
@@ -43,11 +43,11 @@ def sums_bytes(recipe: recipes.Recipe) -> bool:
 
 
 def lse_of_bytes(scores: torch.Tensor, block: int) -> torch.Tensor:
-    """LSE ``[S]`` of weights that are rounded to bytes, by way of fp16, in blocks of keys of `scores` ``[S, Sk]``."""
+    """LSE ``[S]`` of weights that are rounded to bytes, in blocks of keys of `scores` ``[S, Sk]``."""
     scores = torch.nn.functional.pad(scores, (0, -scores.shape[1] % block), value=-float("inf"))
     blocks = scores.unflatten(1, (-1, block))
     highest = blocks.amax(2, keepdim=True).clamp_min(-1e30)
-    weights = (255.0 * (blocks - highest).exp()).half().double().round()
+    weights = (255.0 * (blocks - highest).exp()).round()
     return torch.logsumexp(highest[..., 0] + (weights.sum(2) / 255.0).log(), 1)
 
 
@@ -96,8 +96,8 @@ def test_lse_of_the_quantized_scores(name: str, here: list[Any], info: Any, devi
     problem = feature_run.build(CASES[name], device)
     wanted: dict[recipes.Recipe, tuple[torch.Tensor, torch.Tensor]] = {}
     for row, chosen in feature_run.plans(CASES[name], here, info):
-        block = block_of(row, CASES[name].head_dim)
-        recipe = recipes.recipe_of(row.precision, CASES[name].smooth_k, row.family, block)
+        options = arithmetic(row, CASES[name].head_dim)
+        recipe = recipes.recipe_of(row.precision, CASES[name].smooth_k, **options)
         if not sums_bytes(recipe):  # how P V is computed does not matter then
             recipe = recipes.recipe_of(f"{recipe.qk}_fp16", recipe.smooth_k, row.family)
         if recipe not in wanted:

@@ -134,9 +134,10 @@ def test_what_has_no_fp16_sums():
 
 
 def test_even_blocks_of_v():
-    """One factor for all channels, in units of the head, but in the first block and where a channel is far louder."""
-    v = make(2, 300, 128, seed=5).float() * torch.linspace(0.01, 30.0, 128)
+    """One factor for all channels, in units of the head, but where a channel is far louder, or beside a sink."""
+    v = make(3, 300, 128, seed=5).float() * torch.linspace(0.01, 30.0, 128)
     v[1, 130, 7] *= 100.0
+    v[2, 3] *= 0.05
     values, scale = quantize.quantize_v_int8_even(v)
     assert values.shape == v.shape
     assert values.abs().max() <= 127.0
@@ -145,15 +146,17 @@ def test_even_blocks_of_v():
     unit = v.square().mean(1, keepdim=True).sqrt()
     factors = scale / unit
     even = (factors - factors[..., :1]).abs().amax(-1) <= 1e-6 * factors[..., 0]
-    assert even.tolist() == [[False] + [True] * 4, [False, True, False, True, True]]
-    own = quantize.quantize_v_int8(v, 64)[1]
-    assert torch.equal(scale[~even], own[~even])
-    assert (factors[even].amax(-1) <= 2.5 * (own / unit)[even].square().mean(-1).sqrt()).all()
+    assert even.tolist() == [[True] * 5, [True, True, False, True, True], [False] + [True] * 4]
+    own = quantize.quantize_v_int8(v / unit, 64)[1]
+    assert torch.equal(scale[~even], (own * unit)[~even])
+    assert (factors[even].amax(-1) <= 2.5 * own[even].square().mean(-1).sqrt()).all()
 
 
-def test_spread_of_even_blocks_is_the_kernels():
+def test_limits_of_even_blocks_are_the_kernels():
     text = (Path(__file__).parents[3] / "kernels/sm80/blocks.cuh").read_text()
     assert float(re.search(r"kEvenSpread = ([\d.]+)f;", text)[1]) == quantize.EVEN_SPREAD
+    assert int(re.search(r"kSinkKeys = (\d+);", text)[1]) == quantize.SINK_KEYS
+    assert float(re.search(r"kSinkLoudness = ([\d.]+)f;", text)[1]) == quantize.SINK_LOUDNESS
 
 
 def test_accuracy_of_even_blocks_of_v():
