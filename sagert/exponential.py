@@ -6,11 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# kernels/sm90/exponential.cuh, of kernels for that many channels: bit 2 j + r of the pattern stands for keys
-# 8 j .. 8 j + 7 of a block of 128 and for rows 8 r .. 8 r + 7 of each 16. Where steps of keys are a block and a half,
-# the middle one of three blocks is halved, and both halves are as another block's first half.
-_PATTERNS = {64: 0x30043004, 128: 0x48404840}
 BLOCK, HALVING_STEP = 128, 192
+# kernels/sm90/exponential.cuh, of kernels for that many channels and keys at a time: bit 2 j + r of the pattern stands
+# for keys 8 j .. 8 j + 7 of a block of 128 and for rows 8 r .. 8 r + 7 of each 16. Where steps of keys are a block and
+# a half, the middle one of three blocks is halved, and has none of them.
+_PATTERNS = {(64, BLOCK): 0x30043004, (64, HALVING_STEP): 0x48103004, (128, BLOCK): 0x48404840}
 _HALF_BIAS = 15.0
 # Of a cubic near 2^(m - 1) on [1, 2], in fp16.
 _COEFFICIENTS = (0.077880859375, -0.00803375244140625, 0.478759765625, 0.451171875)
@@ -39,9 +39,8 @@ def is_half(position: Tensor, keys: range, head_dim: int, step: int = BLOCK) -> 
 
     step: keys that softmax takes at a time.
     """
-    pattern = _PATTERNS[64 if head_dim <= 64 else 128]
+    pattern = _PATTERNS[64 if head_dim <= 64 else 128, step]
     table = torch.tensor([pattern >> bit & 1 for bit in range(32)], dtype=torch.bool, device=position.device)
     places = torch.arange(keys.start, keys.stop, device=position.device)
     halved = (places // BLOCK % 3 == 1) & (step == HALVING_STEP)
-    tiles = torch.where(halved, places % (BLOCK // 2), places % BLOCK) // 8
-    return table[2 * tiles[None, :] + (position % 16 // 8)[:, None]]
+    return table[2 * (places % BLOCK // 8)[None, :] + (position % 16 // 8)[:, None]] & ~halved

@@ -14,9 +14,9 @@
 
 namespace sagert {
 
-constexpr float kLog2PMax = 7.994353436858858f;  // log2(255)
+// Bytes are the last bits of subnormal numbers of fp16, of which log2(255) is in units of the integer.
+constexpr float kUnits = 0x1p24f, kLog2PMax = 7.994353436858858f - 24.f;
 constexpr float kPStep = 1.f / 255.f;
-constexpr uint32_t kHalfRounds = 0x64006400;  // 1024 in fp16, twice: a number below it, added, is rounded to an integer
 constexpr float kCoarsest = 0x1p-20f;  // a smaller scale could leave a masked key some weight; its step is negligible
 
 // Exponents of a block of keys are c * (score - its thread's top + kRound) + b. No rounding lifts one above log2(255),
@@ -136,7 +136,7 @@ struct Consumer : ConsumerBase {
         if constexpr (exact) whole[r] += weight;
         return weight;
       };
-      auto two = [&](int i) { return half2_add(to_fp16x2(e(i), e(i + 1)), kHalfRounds); };
+      auto two = [&](int i) { return to_fp16x2(e(i), e(i + 1)); };
       const uint32_t upper = __byte_perm(two(0), two(4), 0x6420), lower = __byte_perm(two(2), two(6), 0x6420);
       sum[0] = __dp4a(upper, 0x01010101u, sum[0]);
       sum[1] = __dp4a(lower, 0x01010101u, sum[1]);
@@ -145,7 +145,7 @@ struct Consumer : ConsumerBase {
     }
     if constexpr (exact) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], unit[r] * whole[r]);
+      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], unit[r] * kUnits * whole[r]);
     }
   }
 

@@ -7,15 +7,17 @@
 
 namespace sagert {
 
-// Of a thread's 32 pairs in a block of keys, those computed here: a bit each; half a block beside it has the first 16
-// bits. Pair 2 j + r has keys 8 j + 2 quad + {0, 1} and row r. Number and places are what was fastest of those
-// measured.
-constexpr uint32_t kPolynomialPairs = kV != V::kFp8 ? 0 : kHeadDim == 64 ? 0x30043004u : 0x48404840u;
-constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair % 32 & 1; }
+// Of a thread's 32 pairs in a block of keys, or 48 of a step of a block and a half, those computed here: a bit each.
+// Pair 2 j + r has keys 8 j + 2 quad + {0, 1} and row r. Number and places are what was fastest of those measured.
+constexpr uint64_t kPolynomialPairs = kV != V::kFp8    ? 0
+                                      : kSide != 0     ? 0x48103004u
+                                      : kHeadDim == 64 ? 0x30043004u
+                                                       : 0x48404840u;
+constexpr bool is_polynomial(int pair) { return kPolynomialPairs >> pair & 1; }
 // Is it the first of its row?
 constexpr bool is_first_polynomial(int pair) {
-  const uint32_t row = pair % 2 == 0 ? 0x55555555u : 0xaaaaaaaau;
-  return pair < 32 && (kPolynomialPairs & row & ((1u << pair) - 1)) == 0;
+  const uint64_t row = 0x5555555555555555u << pair % 2;
+  return (kPolynomialPairs & row & ((uint64_t{1} << pair) - 1)) == 0;
 }
 
 // Exponents are scaled to 1 = 2^5 for the clamp of a multiply-add, and biased as an fp16 is.

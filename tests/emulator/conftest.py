@@ -17,12 +17,11 @@ from tests.kit import fake_build
 ROWS = {
     "sm80": ["sm80.mma.int8_fp16", "sm80.mma.int8_int8"],
     "sm80 int4": ["sm80.mma.int4_fp16", "sm80.mma.int4_int8"],
-    "sm86": ["sm86.mma.int8_fp16"],
+    "sm86": ["sm86.mma.int8_fp16", "sm86.mma.int8_int8"],
     "sm89": ["sm89.mma.int8_fp8"],
     "sm120": ["sm120.mma.int8_int8"],
-    "sm80 even": ["sm80.mma.int8_int8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
-    "sm90 steps": ["sm90.wgmma.int8_fp8"],
+    "sm90 long": ["sm90.wgmma.int8_fp8_long"],
 }
 CHOSEN = {
     "sm80": {
@@ -33,12 +32,9 @@ CHOSEN = {
     "sm86": {(128, "fp16", False), (128, "fp16", True)},
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm120": {(128, "fp16", False), (128, "fp16", True)},
-    "sm80 even": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
-    "sm90 steps": {(64, "fp16", False), (64, "bf16", True)},
+    "sm90 long": {(64, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
-# What their kernels have that the manifests do not ask for: even blocks of V, and steps of a block and a half of keys.
-CONSTANTS = {"sm80 even": {"EVEN_V": 1, "SHARED_BYTES": 54160}, "sm90 steps": {"STEP": 192, "SHARED_BYTES": 164480}}
 
 
 @pytest.fixture(scope="session")
@@ -91,14 +87,7 @@ class Rows:
                 chosen = (axes["head_dim"], axes["dtype"], axes["causal"]) in CHOSEN[arch]
                 return chosen or bool(os.environ.get("EMULATOR_ALL"))
 
-            self._packages[arch] = package.build(
-                arch.split()[0],
-                ROWS[arch],
-                choose,
-                self._cxx,
-                self._folder / arch,
-                constants=CONSTANTS.get(arch, {}),
-            )
+            self._packages[arch] = package.build(arch.split()[0], ROWS[arch], choose, self._cxx, self._folder / arch)
         made = self._packages[arch]
         device = arch, multiprocessors
         if device not in self._workers:

@@ -12,24 +12,22 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from build_tools import cache, compile_cuda, table
 from build_tools.build import plans
 from build_tools.bundle import Built, Bundle, write, write_file
 from build_tools.cubin import Facts
-from build_tools.expand import Job, Kernel, Plan, file_name
+from build_tools.expand import Kernel, Plan, file_name
 from build_tools.ptx import retarget
 from tests.emulator import compile as compiling
 from tests.kit import fake_build
 
 KERNELS = fake_build.ROOT / "kernels"
 Chooser = Callable[[dict[str, Any]], bool]
-Constants = Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -49,17 +47,11 @@ class Package:
         }  # fmt: skip
 
 
-def _changed(job: Job, constants: Constants) -> Job:
-    """The job with those of its constants that are given, and the shared memory that they ask for."""
-    made = tuple((name, constants.get(name, value)) for name, value in job.constants)
-    return dataclasses.replace(job, constants=made, shared=dict(made).get("SHARED_BYTES", job.shared))
-
-
-def _chosen(plan: Plan, choose: Chooser, target: str, constants: Constants) -> Plan:
+def _chosen(plan: Plan, choose: Chooser, target: str) -> Plan:
     """The plan with the variants whose axes are chosen, and their kernels, compiled for `target` to PTX only."""
     variants = [variant for variant in plan.variants if choose(variant.axes)]
     used = sorted({index for variant in variants for index in variant.kernels.values()})
-    jobs = [_changed(dataclasses.replace(plan.kernels[index].job, target=target), constants) for index in used]
+    jobs = [dataclasses.replace(plan.kernels[index].job, target=target) for index in used]
     kernels = tuple(dataclasses.replace(plan.kernels[i], job=job) for i, job in zip(used, jobs, strict=True))
     places = {old: new for new, old in enumerate(used)}
     moved = [
@@ -112,25 +104,14 @@ def _library(bundle: Bundle, compiler: list[str]) -> Path:
     return home / "lib" / "libsagert.so"
 
 
-def build(
-    arch: str,
-    rows: list[str],
-    choose: Chooser,
-    compiler: list[str],
-    folder: Path,
-    device: int = 0,
-    constants: Constants = MappingProxyType({}),
-) -> Package:
-    """Rows of an architecture, in the variants that `choose` takes, on an emulated device of capability `device`.
-
-    constants: of kernels that have them, in place of the manifest's.
-    """
+def build(arch: str, rows: list[str], choose: Chooser, compiler: list[str], folder: Path, device: int = 0) -> Package:
+    """Rows of an architecture, in the variants that `choose` takes, on an emulated device of capability `device`."""
     (plan,) = plans(KERNELS, [arch], rows)
     capability = device or plan.manifest.arch.runs_on[0]
     if plan.manifest.arch.ptx is not None:
         plan = retarget(plan, capability)
     target = plan.manifest.arch.target.replace("sm_", "compute_")
-    plan = _chosen(plan, choose, target, constants)
+    plan = _chosen(plan, choose, target)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         bundle = Bundle(plan, tuple(pool.map(_built, plan.kernels)))
         driver = pool.submit(compiling.driver, compiler)

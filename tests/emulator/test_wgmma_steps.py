@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wgmma family's int8_fp8 at 64 channels, built for steps of 192 keys: three blocks are two of them."""
+"""The wgmma family's int8_fp8 row for long sequences at 64 channels: three blocks of keys are two of its steps."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ KINDS = pytest.mark.parametrize(
 
 
 def run(rows, function, case, *arguments, **device):
-    return rows.run("sm90 steps", function, case, *arguments, **device)
+    return rows.run("sm90 long", function, case, *arguments, **device)
 
 
 def check(rows, case, near=None, **device):

@@ -219,7 +219,9 @@ def sums_in_fp16(row: Any) -> bool:
 
 
 def block_of(row: Any, head_dim: int) -> int | None:
-    """Keys of a block in which a row scales P; None where P has no scales."""
+    """Keys of a block in which a row scales P, or that it takes at a time; None where it is the family's number."""
+    if "p_step" in row.quant:
+        return int(row.quant["p_step"].removesuffix(" keys"))
     found = re.match(r"row of a block of (\d+)(?: keys, of (\d+) above head_dim (\d+))?", str(row.quant.get("p_scale")))
     if found is None:
         return None
@@ -228,7 +230,9 @@ def block_of(row: Any, head_dim: int) -> int | None:
 
 def arithmetic(row: Any, head_dim: int) -> dict[str, Any]:
     """Options of `sagert.reference.attention` that make it follow a row."""
-    return {"family": row.family, "half_sums": sums_in_fp16(row), "block_n": block_of(row, head_dim)}
+    even_v = "a factor of the block" in row.quant.get("v_scale", "") and 96 < head_dim <= 128
+    options = {"family": row.family, "half_sums": sums_in_fp16(row), "even_v": even_v}
+    return options | {"block_n": block_of(row, head_dim)}
 
 
 def relative_l1(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -42,18 +42,20 @@ def test_rows_share_the_polynomial_evenly(head_dim):
 
 
 def test_steps_that_halve_blocks():
-    """Three blocks are two steps of a whole block and half of the middle one, each half as a block's first half."""
-    whole, *rest = is_half(torch.arange(16), range(384), 64, HALVING_STEP).split([128, 64, 64, 128], 1)
-    assert torch.equal(whole, is_half(torch.arange(16), range(128), 64))
-    for part in rest:
-        assert torch.equal(part, whole[:, : part.shape[1]])
+    """Three blocks are two steps of a whole block and half of the middle one, which MUFU computes alone."""
+    whole, middle, last = is_half(torch.arange(16), range(384), 64, HALVING_STEP).split(128, 1)
+    assert torch.equal(whole, last)
+    assert whole.float().mean().item() == 6 / 32
+    assert not middle.any()
 
 
 def test_constants_are_the_kernels():
     text = SOURCE.read_text()
-    patterns = re.search(r"kHeadDim == 64 \? (0x\w+?)u : (0x\w+?)u;", text).groups()
-    for head_dim, pattern in zip((64, 128), patterns, strict=True):
-        where = is_half(torch.arange(16), range(128), head_dim)
+    steps, *blocks = re.search(
+        r"kSide != 0 +\? (0x\w+?)u\s+: kHeadDim == 64 \? (0x\w+?)u\s+: (0x\w+?)u;", text
+    ).groups()
+    for (head_dim, step), pattern in zip(((64, HALVING_STEP), (64, 128), (128, 128)), (steps, *blocks), strict=True):
+        where = is_half(torch.arange(16), range(128), head_dim, step)
         for pair in range(32):
             assert where[8 * (pair % 2), 8 * (pair // 2)].item() == bool(int(pattern, 16) >> pair & 1)
     from sagert import exponential
