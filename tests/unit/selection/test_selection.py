@@ -141,11 +141,13 @@ def test_every_row_is_reachable(table):
     """A device and a request for which the row wins."""
     rows = table.rows()
     reached = set()
-    shapes = itertools.product((abi.FP16, abi.BF16), (64, 1000, 32768), (0, abi.CAUSAL, abi.VARLEN))
-    for row, (dtype, length, flags) in itertools.product(rows, list(shapes)):
+    shapes = itertools.product((abi.FP16, abi.BF16), (64, 128), (64, 1000, 32768), (0, abi.CAUSAL, abi.VARLEN))
+    for row, (dtype, head_dim, length, flags) in itertools.product(rows, list(shapes)):
         drivers = {row.driver_min, *(other.driver_min for other in rows)}
         for capability, driver in itertools.product((row.capability_min, row.capability_max), drivers):
-            req = abi.request(precision=row.precision, dtype=dtype, seqlen_q=length, seqlen_k=length, flags=flags)
+            req = abi.request(
+                precision=row.precision, dtype=dtype, head_dim=head_dim, seqlen_q=length, seqlen_k=length, flags=flags
+            )
             status, selection = table.select(req, abi.device(capability, driver))
             if status == abi.OK:
                 reached.add(rows[selection.row].id)
