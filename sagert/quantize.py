@@ -164,13 +164,14 @@ def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     n, keys, d = v.shape
     clean = torch.where(v.isfinite(), v, 0.0)
     unit = clean.square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
-    values, scale = quantize_v_int8(clean / unit, block)
+    in_units = clean / unit
+    values, scale = quantize_v_int8(in_units, block)
     stored = next(channels for channels in STORED_CHANNELS if channels >= d)
     blocks = torch.nn.functional.pad(clean, (0, 0, 0, -keys % block)).reshape(n, -1, block, d)
     ratio = blocks.abs().amax(2) / unit
     largest = ratio.amax(-1, keepdim=True)
     even = (largest > 0.0) & ((ratio / largest).square().sum(-1, keepdim=True) * EVEN_SPREAD**2 >= stored)
-    quietest = (clean / unit)[:, :SINK_KEYS].abs().amax(-1).amin(-1)
+    quietest = in_units[:, :SINK_KEYS].abs().amax(-1).amin(-1)
     even[:, 0] &= quietest[:, None] >= SINK_LOUDNESS * largest[:, 0]
     factor = torch.where(even, largest * torch.tensor(1.0 / 127.0, dtype=torch.float32), 1.0) * unit
     shared = torch.round(blocks / factor[:, :, None]).clamp(-127.0, 127.0).reshape(n, -1, d)[:, :keys]

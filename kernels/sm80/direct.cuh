@@ -91,7 +91,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
 #pragma unroll
         for (int i = unit * kPairs / kUnits; i < (unit + 1) * kPairs / kUnits; ++i) weigh(chunk + 1, i);
       }
-      if (kChannels >= 96 && chunk == 0) hold();
+      if (kChannels >= 96 && chunk == 0) hold(sum[0] < 0.f);
       if (kApart && chunk == 0) copy_next(step, slot);
     }
 #pragma unroll

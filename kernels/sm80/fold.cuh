@@ -132,11 +132,6 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     weights[part][m][i] = __byte_perm(pairs[0], pairs[1], 0x6420);
   }
 
-  // As Warp::hold(), which the sums come too late for.
-  __device__ __forceinline__ void hold() const {
-    if (__any_sync(~0u, weights[kParts - 1][kM - 1][3] == ~0u)) __nanosleep(1);
-  }
-
   // Adds the bytes to the rows' sums.
   __device__ __forceinline__ void sum_weights(const float (&weight)[kR]) {
     uint32_t bytes[kR];
@@ -207,7 +202,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     forget(t);
     const uint32_t scales = SAGERT_AT(base, v_scale) + stage_of(slot) * kHeadDim * 2 + (t & 3) * 16;
     const uint32_t pair = __float_as_uint(load_shared_f32(scales + j / 4 * 64 + j % 4 * 4));
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
   }
 
   // The factor of an even block. The first scale of another is positive, and this is not.
@@ -258,7 +253,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
       }
       if (j == kCopyTile) copy_next(step_of(slot), slot);
       if (j == kSumTile) sum_weights(weight);
-      if (j == kHoldTile && __any_sync(~0u, products[0][0] == ~0)) __nanosleep(1);  // as Warp::hold()
+      if (j == kHoldTile) hold(products[0][0] == ~0);
     }
   }
 
@@ -276,7 +271,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     reduce_step(stage, k_scale);
 #pragma unroll
     for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i % kM, i / kM % 4);
-    if constexpr (!kEvenV && (kChannels > 64 || kStepBlocks > 1)) hold();
+    if constexpr (!kEvenV && (kChannels > 64 || kStepBlocks > 1)) hold(weights[kParts - 1][kM - 1][3] == ~0u);
     int t = threadIdx.x;
     forget(t);
     float weight[kR];
@@ -296,7 +291,7 @@ struct FoldWarp : SerialWarp<FoldWarp> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) add_products(j + i, v_address, __float_as_uint(four[i]), weight);
       if (j == 0) copy_next(step, slot);
-      if (kChannels == 96 && j == 0 && __any_sync(~0u, o[0][0][0] == kLowest)) __nanosleep(1);  // as Warp::hold()
+      if (kChannels == 96 && j == 0) hold(o[0][0][0] == kLowest);
     }
   }
 };

@@ -65,7 +65,7 @@ struct Fp8Warp : SerialWarp<Fp8Warp> {
 #pragma unroll
       for (int i = 0; i < 4 * kM; ++i) weigh(part, i / 4, i % 4);
     }
-    hold();
+    hold(sum[0] < 0.f);
     const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int j = 0; j < kChannelTiles; ++j) {

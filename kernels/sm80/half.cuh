@@ -64,7 +64,7 @@ struct HalfWarp : SerialWarp<HalfWarp> {
 #pragma unroll
       for (int i = 0; i < 4 * kM; ++i) weigh(chunk, i / 4, i % 4);
     }
-    hold();
+    hold(sum[0] < 0.f);
     const uint32_t v_address = v_lane(stage);
 #pragma unroll
     for (int unit = 0; unit < kChannelTiles / 2; ++unit) {

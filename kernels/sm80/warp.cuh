@@ -493,9 +493,9 @@ struct Warp {
   }
 
   // Stands between parts of a step: without a branch that depends on the one before, ptxas mixes them until it has too
-  // few registers.
-  __device__ __forceinline__ void hold() const {
-    if (__any_sync(~0u, sum[0] < 0.f)) __nanosleep(1);
+  // few registers. `never` depends on it; a warp where it is true sleeps, no more.
+  static __device__ __forceinline__ void hold(bool never) {
+    if (__any_sync(~0u, never)) __nanosleep(1);
   }
 
   // This lane's keys of a step that hold an infinity or a NaN: bit 2 j + e stands for key 8 j + 2 quad + e.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference has of the mma family alone: Q and K in INT4, and sums in fp16."""
+"""What the reference has of the mma family alone: Q and K in INT4, sums in fp16, and even blocks of V."""
 
 import math
 import re
