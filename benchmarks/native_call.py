@@ -45,6 +45,7 @@ class NativeCall:
         causal, bottom_right, window, scale, smooth_k: as for `sagert.attention`.
         two_calls: `run` quantizes K and V into memory of their own first, and attends in a call of its own.
         margin: bytes of device memory to keep on either side of the workspace (and of that memory), see `intact`.
+        poison: fill that memory beforehand; without, it is as the allocator gives it, which initcheck knows.
     """
 
     POISON = 0xFF  # NaN in every floating-point type
@@ -68,8 +69,10 @@ class NativeCall:
         smooth_k: bool = True,
         two_calls: bool = False,
         margin: int = 0,
+        poison: bool = True,
     ) -> None:
         self._library = native.library()
+        self._poison = poison
         self._margin = margin
         self._two_calls = two_calls
         self._keep = [q, k, v, out, lse, mask, packed]
@@ -133,8 +136,10 @@ class NativeCall:
         pack(self._allocate(needed.value, q.device), kv, number)
 
     def _allocate(self, size: int, device: torch.device) -> tuple[int, int]:
-        """Address and size of poisoned memory with the margin around it."""
-        whole = torch.full((size + 2 * self._margin,), self.POISON, dtype=torch.uint8, device=device)
+        """Address and size of memory with the margin around it."""
+        whole = torch.empty(size + 2 * self._margin, dtype=torch.uint8, device=device)
+        if self._poison:
+            whole.fill_(self.POISON)
         self._memory.append(whole)
         return whole.data_ptr() + self._margin, size
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "nonfinite.cuh"
+#include "ptx/named_barrier.cuh"
 #include "warp.cuh"
 
 namespace sagert {
@@ -34,6 +35,15 @@ struct SerialWarp : Warp {
   __device__ __forceinline__ int step_of(int slot) const {
     static_assert(!kEvenV || (kNextSlot == 1 && !kUnseenApart), "slots count up from the tile's last step");
     return load_shared_s32(SAGERT_AT(base, tile.steps)) - 1 - slot;
+  }
+
+  // Waits for the block's other warps, each in the loop it has come to: __syncthreads asks them to be in the same one.
+  static __device__ __forceinline__ void meet() {
+    if constexpr (kUnseenApart || kApart) {
+      named_barrier(1, kThreads);
+    } else {
+      __syncthreads();
+    }
   }
 
   __device__ __forceinline__ void start(int) {}
@@ -72,10 +82,10 @@ struct SerialWarp : Warp {
     schedule.start(slot);
     auto wait = [&] {
       async_copy_wait_group<kAhead - 1>();
-      __syncthreads();
+      meet();
       if (v_bad) {
         clear_nonfinite(s, slot);
-        __syncthreads();
+        meet();
       }
     };
     // Steps that only other warps see; all that follow are this one's, too.
@@ -97,7 +107,7 @@ struct SerialWarp : Warp {
 #pragma unroll 1
       for (; step >= 0; --step, slot += kNextSlot) {
         async_copy_wait_group<kAhead - 1>();
-        __syncthreads();
+        meet();
         schedule.template attend_step<true>(step, slot);
       }
     }
