@@ -154,6 +154,24 @@ def quantize_v_int8(
     return values.reshape(n, -1, d)[:, :keys], scale[:, :, 0]
 
 
+def v_units(v: Tensor) -> Tensor:
+    """Units of the channels of v [N, Sk, Dv], less its mean: root mean squares over all keys, [N, 1, Dv]."""
+    return torch.where(v.isfinite(), v, 0.0).square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
+
+
+def quantize_v_int8_pairs(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """As quantize_v_int8, of v in units of its channels, with one scale for channels 2 i and 2 i + 1 of a block.
+
+    Sharing one in units leaves the scales of N(0, 1) 4 % larger, and halves them.
+    """
+    n, keys, d = v.shape
+    flat = torch.nn.functional.pad(v, (0, d % 2)).reshape(n, keys, -1, 2)
+    pairs = flat.transpose(2, 3).reshape(n, 2 * keys, -1)  # of a pair both channels' keys, as if they were of one
+    values, scale = quantize_v_int8(pairs, 2 * block)
+    values = values.reshape(n, keys, 2, -1).transpose(2, 3).reshape(n, keys, -1)
+    return values[..., :d], scale.repeat_interleave(2, 2)[..., :d]
+
+
 def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """As quantize_v_int8, but with one factor for all channels of a block where that does: kernels/sm80/blocks.cuh.
 
@@ -163,7 +181,7 @@ def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """
     n, keys, d = v.shape
     clean = torch.where(v.isfinite(), v, 0.0)
-    unit = clean.square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
+    unit = v_units(v)
     in_units = clean / unit
     values, scale = quantize_v_int8(in_units, block)
     stored = next(channels for channels in STORED_CHANNELS if channels >= d)

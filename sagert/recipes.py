@@ -20,9 +20,11 @@ from sagert.quantize import (
     quantize_v_half,
     quantize_v_int8,
     quantize_v_int8_even,
+    quantize_v_int8_pairs,
     sampled_keys,
     v_largest,
     v_mean,
+    v_units,
 )
 
 LOG2E = math.log2(math.e)
@@ -30,7 +32,7 @@ LOG2_448 = math.log2(448.0)  # 448 is e4m3's largest value
 # Tiled families move a row's maximum only when a score's exponent exceeds it by the slack: log2 of P at the maximum,
 # and the slack, by how P is rounded. P in 16 bits is scaled to keep small weights out of fp16's subnormal numbers, and
 # less where products are summed in fp16.
-TILED_LOG2_P = {"fp8": (LOG2_448, 2.0**-8), "fp16": (8.0, 6.0), "int8": (0.0, 0.0)}
+TILED_LOG2_P = {"fp8": (LOG2_448, 2.0**-8), "fp16": (8.0, 6.0), "int8": (0.0, 14.0)}
 HALF_LOG2_P = TILED_LOG2_P | {"fp16": (4.0, 4.0)}
 PRECISIONS = ("int8_fp16", "int8_fp8", "int8_int8")  # of every family, and what CPU tensors are served
 INT4_PRECISIONS = ("int4_fp16", "int4_fp8", "int4_int8")  # of the mma family
@@ -78,6 +80,11 @@ class Recipe(NamedTuple):
         return self.family == "wgmma" and self.pv == "int8"
 
     @property
+    def pairs_v(self) -> bool:
+        """Whether two channels of V share scales, in units of the channels."""
+        return self.family == "wgmma" and self.pv == "int8"
+
+    @property
     def key_block(self) -> int:
         """Keys of a block in which groups of them share scales of K, where `tiled`."""
         return self.block_n if self.precision == "int8_int8" else BLOCKS[self.family]
@@ -102,7 +109,8 @@ class KeyValues(NamedTuple):
     positive: Tensor | None  # [N, Sk, Dv], where V is +inf or NaN; None where V is finite
     negative: Tensor | None  # [N, Sk, Dv], where V is -inf or NaN
     rough_k: Tensor | None = None  # [N, Sk, D], K as it is, where queries' means are multiplied with it
-    leading_v: Tensor | None = None  # [N, LEADING_KEYS, Dv], V less its mean, of recipes with exact_leading
+    leading_v: Tensor | None = None  # [N, LEADING_KEYS, Dv], V less its mean, in its units, with exact_leading
+    v_unit: Tensor | None = None  # [N, 1, Dv], which v_scale is in
 
 
 class Queries(NamedTuple):
@@ -159,11 +167,16 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     nan = vf.isnan()
     positive, negative = nan | (vf == math.inf), nan | (vf == -math.inf)
     mean = v_mean(vf) if recipe.tiled and (recipe.pv != "fp16" or recipe.half_sums) else None
+    unit = None
     if mean is not None:
         vf = vf - mean
     if recipe.pv == "fp8":
         fixed = FP8_MAX_HALF if recipe.half_sums else FP8_MAX
         values, v_scale = quantize_v_fp8(vf, v_largest(vf) if recipe.half_output else fixed)
+    elif recipe.pairs_v:
+        unit = v_units(vf)
+        vf = vf / unit
+        values, v_scale = quantize_v_int8_pairs(vf, recipe.block_n)
     elif recipe.even_v:
         values, v_scale = quantize_v_int8_even(vf, recipe.block_n)
     elif recipe.pv == "int8":
@@ -177,7 +190,7 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if recipe.exact_leading:
         first = vf[:, :LEADING_KEYS]
         leading = torch.where(first.isfinite(), first, 0.0).to(v.dtype).float()
-    kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, leading)
+    kv = KeyValues(k8, k_scale, shift, values, v_scale, mean, None, None, rough, leading, unit)
     return with_marks(kv, positive, negative)
 
 

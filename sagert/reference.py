@@ -252,6 +252,8 @@ def _heads(
     out = acc / (rounded if sums_rounded else total)
     if not integer:  # INT8's scales are a block's, and in the sums
         out = out * kv.v_scale
+    if kv.v_unit is not None:
+        out = out * kv.v_unit
     if kv.v_mean is not None:
         out = out + kv.v_mean
     if kv.positive is not None:

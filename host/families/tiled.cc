@@ -78,7 +78,8 @@ void reserve_quantized(Plan& plan, Layout& kv) {
   plan.k_shift = kv.reserve(true, heads * d * kWord);
   plan.k_norm = kv.reserve(!quantized_v, heads * kNormSlots * kWord);
   plan.v8 = kv.reserve(quantized_v || plan.copy_v, blocks * plan.block * d * v_bytes(plan.pv));
-  plan.v_scale = kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d * kHalf : heads * d * kWord);
+  plan.v_scale =
+      kv.reserve(quantized_v, plan.pv == Pv::kInt8 ? blocks * d / plan.v_scale_channels * kHalf : heads * d * kWord);
   plan.v_mean = kv.reserve(quantized_v, heads * d * (kWord * (plan.v_units ? 2 : 1) + plan.leading_keys * kHalf));
   plan.v_first = kv.reserve(plan.v_stats || plan.finds_nonfinite, heads * 2 * d * kWord);
   plan.head_flags = kv.reserve(true, heads * 2 * kWord);

@@ -32,9 +32,10 @@ Pv pv_of(const KernelEntry& kernel, const char* name);
 struct Plan : Operands {
   const sagert_attention_args* args = nullptr;
   Pv pv = Pv::kFp8;
-  int64_t block = 0;         // keys
-  int64_t leading_keys = 0;  // whose V stays in 16 bits, too
-  bool v_units = false;      // behind V's means stand units of its channels
+  int64_t block = 0;             // keys
+  int64_t leading_keys = 0;      // whose V stays in 16 bits, too
+  bool v_units = false;          // behind V's means stand units of its channels
+  int64_t v_scale_channels = 1;  // of INT8 V that share a scale
   int64_t padded_head_dim = 0, blocks = 0, heads_kv_total = 0, heads_q_total = 0, tiles = 0, section = 0;
   bool int4 = false;  // Q and K
   bool smooth_k = false, write_lse = false, v_jobs = false, copy_v = false, v_stats = false;

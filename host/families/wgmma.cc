@@ -31,7 +31,8 @@ constexpr int64_t kPrepassBlocksPerSm = 2;
 constexpr int64_t kMapStrideMax = int64_t{1} << 40;  // bytes, of a tensor map
 constexpr int64_t kBlocksPerPart = 4;                // of keys, at least, where they are split
 constexpr int64_t kPartsMax = 32;
-constexpr int64_t kLeadingKeys = 4;  // kernels/sm90/leading.cuh
+constexpr int64_t kLeadingKeys = 4;      // of INT8 V: kernels/sm90/leading.cuh
+constexpr int64_t kChannelsOfScale = 2;  // of INT8 V
 
 // What the signatures of a variant's kernels say.
 struct Traits {
@@ -89,7 +90,11 @@ Plan plan_of(const Device& device, const sagert_attention_args& args, const Vari
   if (traits.can_split) plan.parts = parts_of(plan, device, attention.tile);
   plan.queued = plan.parts == 1 && plan.all_tiles() > persistent_blocks(device, attention, plan.all_tiles());
   plan_v(plan, is_mappable(args.v, plan.v), true);
-  plan.leading_keys = traits.pv == Pv::kInt8 ? kLeadingKeys : 0;
+  if (traits.pv == Pv::kInt8) {
+    plan.leading_keys = kLeadingKeys;
+    plan.v_units = true;
+    plan.v_scale_channels = kChannelsOfScale;
+  }
   place_buffers(plan);
   return plan;
 }

@@ -228,4 +228,12 @@ __device__ __forceinline__ float v_shift(float mean, float square) {
   return 5.0f * mean * mean >= square && fabsf(mean) < kShiftMax ? mean : 0.0f;
 }
 
+// The unit of a channel of V whose mean and mean square are these: its deviation from `shift`. Any positive number
+// would do; below the shift's own rounding, and where squares overflow, the deviation is not known.
+__device__ __forceinline__ float v_unit(float mean, float square, float shift) {
+  constexpr float kLeast = 1e-10f, kMost = 1e18f;
+  const float variance = fmaxf(square - shift * (2.0f * mean - shift), 0.0f);
+  return fminf(fmaxf(sqrtf(variance), fmaxf(fabsf(shift) * 0x1p-10f, kLeast)), kMost);
+}
+
 }  // namespace sagert

@@ -305,14 +305,6 @@ __device__ __forceinline__ void run_k(Shared& s, const Params& p, const Input& i
   quantize_k(s, in, tile, t, p.k);
 }
 
-// The unit of a channel of V whose mean and mean square are these: its deviation from `shift`. Any positive number
-// would do; below the shift's own rounding, and where squares overflow, the deviation is not known.
-__device__ __forceinline__ float v_unit(float mean, float square, float shift) {
-  constexpr float kLeast = 1e-10f, kMost = 1e18f;
-  const float variance = fmaxf(square - shift * (2.0f * mean - shift), 0.0f);
-  return fminf(fmaxf(sqrtf(variance), fmaxf(fabsf(shift) * 0x1p-10f, kLeast)), kMost);
-}
-
 // Shift and inverse scale, or unit, of one channel of V, in s; part 0 writes what attention needs.
 __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, const Task& t, int rows, int channel) {
   const int64_t at = t.bh * (kHeadDim * (1 + kEvenV)) + channel;

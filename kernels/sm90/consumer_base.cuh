@@ -104,14 +104,6 @@ struct ConsumerBase {
     }
   }
 
-  // Brings O, to which all blocks before have been added, to the present maximum.
-  __device__ __forceinline__ void rescale(const float (&alpha)[2]) {
-    if (__any_sync(~0u, alpha[0] != 1.f || alpha[1] != 1.f)) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
-    }
-  }
-
   // Largest of this thread's integer scores of row r in a piece.
   static __device__ __forceinline__ int row_top(const Scores& scores, int r, int piece = 0) {
     int top[2];
@@ -273,7 +265,7 @@ struct ConsumerBase {
     }
   }
 
-  // O in V's unit: scales of a block are in it already, those of a head are not.
+  // O in V's unit: scales of a block are in it already, those of a head, and units of channels, are not.
   __device__ __forceinline__ void unscale() {
     const int64_t channels = static_cast<int64_t>(task().head_kv) * kHeadDim + 2 * quad();
     const float* v_mean = p.v_mean + mean_place() + 2 * quad();
@@ -281,6 +273,7 @@ struct ConsumerBase {
     for (int j = 0; j < kHeadDim / 8; ++j) {
       float2 scale = {1.f, 1.f};
       if constexpr (kV == V::kFp8) scale = __ldg(reinterpret_cast<const float2*>(p.v_scale + channels + 8 * j));
+      if constexpr (kV == V::kInt8) scale = __ldg(reinterpret_cast<const float2*>(v_mean + kHeadDim + 8 * j));
       const float2 mean = __ldg(reinterpret_cast<const float2*>(v_mean + 8 * j));
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {

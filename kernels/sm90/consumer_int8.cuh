@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup with P V in integers: P in unsigned bytes scaled by the row's maximum in each block of keys, V
-// in signed bytes with a scale per block and channel.
+// in signed bytes with a scale per block and two channels, in the channels' units.
 //
 // One block after the other, as in consumer.cuh: the products take the registers that the scores have left. While wgmma
 // runs, instructions of fp32 are taken from the tensor core's time, those of 16 bits and of integers are not: hence the
@@ -17,14 +17,14 @@ namespace sagert {
 // Bytes are the last bits of subnormal numbers of fp16, of which log2(255) is in units of the integer.
 constexpr float kUnits = 0x1p24f, kLog2PMax = 7.994353436858858f - 24.f;
 constexpr float kPStep = 1.f / 255.f;
+constexpr float kSlack = 14.f;         // by which a block's maximum may exceed the one that O and the sums refer to
 constexpr float kCoarsest = 0x1p-20f;  // a smaller scale could leave a masked key some weight; its step is negligible
 
 // Exponents of a block of keys are c * (score - its thread's top + kRound) + b. No rounding lifts one above log2(255),
 // which would carry out of the byte, because differences are taken on integers and b is rounded down.
 struct Scaling {
   float c[2], b[2];
-  int shift[2];    // brings a score to the bits of score - top + kRound
-  float alpha[2];  // what the block's maximum costs the sums so far
+  int shift[2];  // brings a score to the bits of score - top + kRound
 };
 
 struct Consumer : ConsumerBase {
@@ -33,7 +33,7 @@ struct Consumer : ConsumerBase {
 
   using ConsumerBase::ConsumerBase;
 
-  // The maximum so far of this thread's row r, which l and O refer to, in shared memory for want of registers.
+  // The maximum of this thread's row r that l and O refer to, in shared memory for want of registers.
   __device__ __forceinline__ float& maximum(int r) { return s.maxima[r][thread_index() - 128]; }
 
   // This thread's part of a row's sum of exponentials before they are bytes, in shared memory for want of registers. l
@@ -51,39 +51,63 @@ struct Consumer : ConsumerBase {
     wgmma_commit();
   }
 
-  // Scales of V in a block, a pair of channels in each word; this thread's are every fourth vector from `quad` on.
+  // Scales of V in a block, two pairs of channels in each word, by lanes of a quad.
   __device__ __forceinline__ const uint4* v_scales_at(int block) {
     const int64_t index = static_cast<int64_t>(task().head_kv) * p.blocks + block;
-    return reinterpret_cast<const uint4*>(p.v_scale + index * kHeadDim);
+    return reinterpret_cast<const uint4*>(p.v_scale + index * (kHeadDim / 2));
   }
 
   // Adds the products, each row's in its own unit, to O.
   __device__ __forceinline__ void add_products(const uint4* scales, const float (&unit)[2]) {
     const uint32_t units[2] = {to_bf16x2(unit[0], unit[0]), to_bf16x2(unit[1], unit[1])};
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 32; ++j) {
-      const uint4 four = __ldg(scales + 4 * j + quad());
+    for (int j = 0; j < kHeadDim / 64; ++j) {
+      const uint4 four = __ldg(scales + kHeadDim / 64 * quad() + j);
       const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t pair = bfloat2_multiply(pairs[i / 4], units[i / 2 % 2]);
-        const float scale = __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000u);
-        float& x = o[16 * j + i];
-        x = fmaf(static_cast<float>(products[16 * j + i]), scale, x);
+      for (int i = 0; i < 32; ++i) {
+        const uint32_t two = bfloat2_multiply(pairs[i / 8], units[i / 2 % 2]);
+        const float scale = __uint_as_float(i / 4 % 2 == 0 ? two << 16 : two & 0xffff0000u);
+        float& x = o[32 * j + i];
+        x = fmaf(static_cast<float>(products[32 * j + i]), scale, x);
       }
     }
   }
 
-  // From this thread's largest score of a row: `top` units of c, or `mine`.
+  // From this thread's largest score of a row: `top` units of c, or `mine`. `unit` becomes the row's.
   __device__ __forceinline__ void scale_row(Scaling& z, int r, int top, float c, float mine, float& unit) {
     const float highest = quad_max(mine);
-    const float before = maximum(r), next = fmaxf(before, highest);
     z.c[r] = c;
     z.b[r] = __fmaf_rd(-kRound, c, mine - highest + kLog2PMax);
     z.shift[r] = __float_as_int(kRound) - top;
-    z.alpha[r] = exp2_approx(before - next);
-    unit = exp2_approx(highest - next) * kPStep;  // NaN where the query holds an infinity or a NaN
-    maximum(r) = next;
+    unit = highest;
+  }
+
+  // Units of the rows' bytes from the block's maxima, which they are given as. Moves the maxima that O and the sums
+  // refer to where they are far below.
+  __device__ __forceinline__ void refer(float (&unit)[2]) {
+    float before[2];
+    bool within = true;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      before[r] = maximum(r);
+      within = within && !(unit[r] > before[r] + kSlack);
+    }
+    if (__any_sync(~0u, !within)) {
+      float alpha[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float next = unit[r] > before[r] + kSlack ? unit[r] : before[r];
+        alpha[r] = exp2_approx(before[r] - next);
+        l[r] *= alpha[r];
+        if constexpr (EXACT_LSE) exact_sum(r) *= alpha[r];
+        before[r] = maximum(r) = next;
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i) o[i] *= alpha[i / 2 % 2];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) unit[r] = exp2_approx(unit[r] - before[r]) * kPStep;  // NaN where the query has one
   }
 
   // Of 22 bits, so that c * kRound is exact, and b cannot round the row's largest exponent below 0.
@@ -98,6 +122,7 @@ struct Consumer : ConsumerBase {
       const float c = row_scale(r, k_scale);
       scale_row(z, r, top, c, static_cast<float>(top) * c, unit[r]);
     }
+    refer(unit);
   }
 
   // The same for a block with masks.
@@ -120,6 +145,7 @@ struct Consumer : ConsumerBase {
       scale_row(z, r, top, c, unseen ? kLowest : static_cast<float>(top) * c, unit[r]);
       if (undefined) unit[r] = nan();
     }
+    refer(unit);
   }
 
   // Exponentials, rounded to bytes, and the sums of bytes. With `exact` also their sums before rounding, which the LSE
@@ -145,7 +171,7 @@ struct Consumer : ConsumerBase {
     }
     if constexpr (exact) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(exact_sum(r), z.alpha[r], unit[r] * kUnits * whole[r]);
+      for (int r = 0; r < 2; ++r) exact_sum(r) = fmaf(unit[r] * kUnits, whole[r], exact_sum(r));
     }
   }
 
@@ -199,7 +225,7 @@ struct Consumer : ConsumerBase {
       l[r] = fmaf(l[r], alpha[r], once);
       if constexpr (EXACT_LSE) exact_sum(r) = fmaf(exact_sum(r), alpha[r], once);
     }
-    const uint32_t* v = reinterpret_cast<const uint32_t*>(p.v_mean + mean_place() + kHeadDim) + quad();
+    const uint32_t* v = reinterpret_cast<const uint32_t*>(p.v_mean + mean_place() + leading_at(kHeadDim)) + quad();
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       float* x = o + 4 * j;
@@ -223,8 +249,7 @@ struct Consumer : ConsumerBase {
       const float k_scale = next_k_scale();
       issue_qk(scores);
       // To L1, without registers: they are read when P V is there.
-      const uint4* v_scales = v_scales_at(block);
-      prefetch_l1(v_scales + threadIdx.x % (kHeadDim / 8));
+      prefetch_l1(v_scales_at(block));
       wgmma_wait<0>();
       pin(scores);
       Scaling z;
@@ -239,11 +264,13 @@ struct Consumer : ConsumerBase {
       uint32_t sum[2] = {0, 0};
       exponentiate<EXACT_LSE>(z, unit, sum);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) l[r] = fmaf(l[r], z.alpha[r], unit[r] * static_cast<float>(sum[r]));
+      for (int r = 0; r < 2; ++r) l[r] = fmaf(unit[r], static_cast<float>(sum[r]), l[r]);
       wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
       pin_first<kBlock / 8>(scores);
       issue_pv();
-      rescale(z.alpha);
+      int place = block;
+      forget(place);  // a pointer would take registers over the exponentials
+      const uint4* v_scales = v_scales_at(place);
       wgmma_wait<0>();
       pin(products);
       pin_first<kBlock / 8>(scores);

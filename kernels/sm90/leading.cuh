@@ -10,7 +10,9 @@ namespace sagert {
 
 constexpr int kLeadingKeys = kV == V::kInt8 ? 4 : 0;
 
-// Words of a head behind VMean: V's mean in fp32, then V of the leading keys less that, in 16 bits.
-constexpr int mean_words(int channels) { return channels + kLeadingKeys * channels / 2; }
+// Words of a head behind VMean: V's means, of INT8 V the channels' units, in fp32; then V of the leading keys less
+// means, in these units, in 16 bits.
+constexpr int leading_at(int channels) { return channels * (kV == V::kInt8 ? 2 : 1); }
+constexpr int mean_words(int channels) { return leading_at(channels) + kLeadingKeys * channels / 2; }
 
 }  // namespace sagert

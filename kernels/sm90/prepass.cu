@@ -7,9 +7,9 @@
 // copy engine:
 //   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, 128 keys]: chunk c of channel d at 128 * d + 16 * (c ^ (d & 7)), each 16 keys in pair order.
-// INT8 V has scales per tile and channel: each 16 pairs of channels as 4 x 4, transposed, so that the four channel
-// pairs of one lane of wgmma's fragment stand together. All statistics are combined in a fixed order: the same input
-// gives the same bits.
+// INT8 V has scales per tile and two neighbouring channels, in the channels' units, which are their deviations. Those
+// of pairs 4 apart, which one lane of wgmma's fragment has, stand together. All statistics are combined in a fixed
+// order: the same input gives the same bits.
 #include "bounded.cuh"
 #include "integers.cuh"
 #include "leading.cuh"
@@ -119,7 +119,8 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
   writer.finish(count, first);
 }
 
-// Scales of the channels of this thread for the keys of this tile; returns their inverses in place of the magnitudes.
+// Scales of the pairs of channels of this thread for the keys of this tile; returns what brings each channel to
+// integers in place of the magnitudes.
 __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[kVChannels], VScaleType* scale) {
   int channel = kVChannels * (threadIdx.x % 32);
 #pragma unroll
@@ -129,9 +130,18 @@ __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[k
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) amax[e] = fmaxf(amax[e], s.v_amax[turn][warp][channel + e]);
   }
-  uint32_t bits[kVChannels];
-  scale_channels(amax, bits);
-  if (threadIdx.x < 32) write_scales(bits, channel, scale);
+#pragma unroll
+  for (int e = 0; e < kVChannels; e += 2) {
+    constexpr float kNothing = 1e-20f;  // beside the channel's unit
+    const float unit[2] = {s.inverse[channel + e], s.inverse[channel + e + 1]};
+    const float largest = fmaxf(amax[e] / unit[0], amax[e + 1] / unit[1]);
+    const bool zero = largest < kNothing;
+    const uint32_t bits = bf16_above(zero ? 1.0f : largest * (1.0f / 127.0f));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) amax[e + i] = zero ? 0.0f : 1.0f / (__uint_as_float(bits << 16) * unit[i]);
+    const int pair = (channel + e) / 2;
+    if (threadIdx.x < 32) scale[pair % 4 * (kHeadDim / 8) + pair / 4] = static_cast<VScaleType>(bits);
+  }
 }
 
 // Quantizes blocks [first, last) of a head, whose last tile is loaded (vectors only: slow loads are not kept in
@@ -168,7 +178,8 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       for (int e = 0; e < kVChannels; ++e) s.v_amax[count & 1][threadIdx.x / 32][kVChannels * lane + e] = amax[e];
     }
     uint8_t* out = writer.exchange(count, block);
-    if constexpr (kInt8V) scale_block(s, count & 1, inverse, block_scale + static_cast<int64_t>(block) * kHeadDim);
+    if constexpr (kInt8V)
+      scale_block(s, count & 1, inverse, block_scale + static_cast<int64_t>(block) * (kHeadDim / 2));
     if (check) {
       write_v_tile<true>(out, tile, shift, inverse, rows_left - first_row);
     } else {
@@ -261,9 +272,16 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
     float count = static_cast<float>(rows);
     float mean = reduce_cluster<kSum>(s, channel) / count;
     float square = reduce_cluster<kSquares>(s, channel) / count;
-    mean = v_shift(mean, square);
+    const float shift = v_shift(mean, square);
+    float* place = p.VMean + static_cast<int64_t>(t.bh) * mean_words(kHeadDim) + channel;
+    if constexpr (kInt8V) {
+      const float unit = v_unit(mean, square, shift);
+      s.inverse[channel] = unit;
+      if (t.rank == 0) place[kHeadDim] = unit;
+    }
+    mean = shift;
     s.shift[channel] = mean;
-    if (t.rank == 0) p.VMean[static_cast<int64_t>(t.bh) * mean_words(kHeadDim) + channel] = mean;
+    if (t.rank == 0) *place = mean;
     if constexpr (!kInt8V) {
       float amax = fmaxf(reduce_cluster<kMax>(s, channel) - mean, mean - reduce_cluster<kMin>(s, channel));
       bool zero = !(amax >= kTiny);  // also where nothing is finite
@@ -274,17 +292,17 @@ __device__ __forceinline__ void finish_v_channel(Shared& s, const Params& p, con
   }
 }
 
-// V of the leading keys less its mean, in 16 bits; infinities and NaN count as the mean.
+// V of the leading keys less its mean, in the channels' units, in 16 bits; infinities and NaN count as the mean.
 __device__ __forceinline__ void write_leading(const Shared& s, const Params& p, const Input& in, int bh) {
   constexpr int kWords = kHeadDim / 2;
   if (threadIdx.x >= kLeadingKeys * kWords) return;
   const int channel = 2 * (threadIdx.x % kWords);
   uint32_t x[1][1];
   load_rows(x, in, threadIdx.x / kWords, 1, channel);
-  auto less_mean = [](float v, float mean) { return is_finite(v) ? v - mean : 0.0f; };
-  uint32_t* place = reinterpret_cast<uint32_t*>(p.VMean + static_cast<int64_t>(bh) * mean_words(kHeadDim) + kHeadDim);
-  place[threadIdx.x] =
-      to_io2(less_mean(low_io(x[0][0]), s.shift[channel]), less_mean(high_io(x[0][0]), s.shift[channel + 1]));
+  auto in_units = [&](float v, int d) { return is_finite(v) ? (v - s.shift[d]) / s.inverse[d] : 0.0f; };
+  uint32_t* place = reinterpret_cast<uint32_t*>(p.VMean + static_cast<int64_t>(bh) * mean_words(kHeadDim));
+  place[leading_at(kHeadDim) + threadIdx.x] =
+      to_io2(in_units(low_io(x[0][0]), channel), in_units(high_io(x[0][0]), channel + 1));
 }
 
 __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& in, const Task& t) {
@@ -307,7 +325,7 @@ __device__ __forceinline__ void run_v(Shared& s, const Params& p, const Input& i
       if (t.first < t.last) {
         int64_t blocks_before = static_cast<int64_t>(t.bh) * t.blocks;
         quantize_v(s, in, tile, t.first, t.last, p.V8 + blocks_before * kTileBytes,
-                   p.VScale + (kInt8V ? blocks_before * kHeadDim : 0));
+                   p.VScale + (kInt8V ? blocks_before * (kHeadDim / 2) : 0));
       }
     }
   }

@@ -23,7 +23,7 @@ struct alignas(128) Shared {
     uint8_t tile[2][kTileBytes];
     float partial[kWarps][kStatsMax][kHeadDim];
   };
-  float shift[kHeadDim], inverse[kHeadDim];
+  float shift[kHeadDim], inverse[kHeadDim];  // kInt8V: units of the channels in place of the inverse scales
   float v_amax[kInt8V ? 2 : 1][kInt8V ? kWarps : 1][kHeadDim];
   uint32_t k_amax[2][kWarps], k_bad[2][kWarps];
   int head_nonfinite;

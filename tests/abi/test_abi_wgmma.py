@@ -122,7 +122,8 @@ def test_grids_and_layout(fake_library, stub, tmp_path, case):
     else:
         sizes |= {"V8": heads * blocks * 128 * dp, "VMean": heads * dp * 4, "VScale": heads * dp * 4}
     if precision == abi.INT8_INT8:
-        sizes["VScale"] = heads * blocks * dp * 2
+        sizes["VScale"] = heads * blocks * dp  # of 16 bits for two channels
+        sizes["VMean"] = heads * dp * (2 * 4 + 4 * 2)  # means, units and the leading keys' values
     if v_stats:
         sizes["VFirst"] = heads * 2 * dp * 4
     assert all(attend[name] == kv[name] for name in sizes if name in attend)

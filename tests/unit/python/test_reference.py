@@ -193,12 +193,17 @@ def test_integer_pv_is_its_definition(causal, family, block):
         scores = scores.masked_fill(torch.ones(300, 300).triu(1) > 0, -math.inf)
     mean = quantize.v_mean(v[0].float())
     assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
-    v8, v_scale = quantize.quantize_v_int8(v[0].float() - mean, size)
+    less_mean, unit = v[0].float() - mean, torch.ones(1, 1, 64)
+    if family == "wgmma":  # two channels share scales
+        unit = quantize.v_units(less_mean)
+        v8, v_scale = quantize.quantize_v_int8_pairs(less_mean / unit, size)
+    else:
+        v8, v_scale = quantize.quantize_v_int8(less_mean, size)
     numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
     whole = torch.exp2(scores).sum(1)  # of the weights before they are bytes
     if family == "wgmma":  # the leading keys' are none
         leading = torch.exp2(scores[:, : recipes.LEADING_KEYS])
-        numerator += 255 * leading @ (v[0] - mean)[0, : recipes.LEADING_KEYS].half().double()
+        numerator += 255 * leading @ (less_mean / unit)[0, : recipes.LEADING_KEYS].half().double()
         denominator += 255 * leading.sum(1, keepdim=True)
         scores[:, : recipes.LEADING_KEYS] = -math.inf
     for block in range(-(-300 // size)):
@@ -208,7 +213,7 @@ def test_integer_pv_is_its_definition(causal, family, block):
         weight = torch.exp2(highest)
         numerator += weight * (p @ v8[0, keys].double()) * v_scale[0, block].double()
         denominator += weight * p.sum(1, keepdim=True)
-    expected = numerator / denominator + mean[0].double()
+    expected = numerator / denominator * unit[0] + mean[0].double()
     assert reference.error_metrics(out[0, 0], expected)["relative_l1"] < 0.001
     expected_lse = torch.log(denominator[:, 0] / 255 if family == "mma" else whole)
     torch.testing.assert_close(lse[0, 0].double(), expected_lse, atol=1e-4, rtol=1e-5)
@@ -238,6 +243,37 @@ def test_v_blocks():
     used = scale.repeat_interleave(128, 1)[:, :200]
     error = (values * used - torch.where(v.isfinite(), v, 0.0)).abs()
     assert (error <= used / 2 * 1.001).all()
+
+
+@pytest.mark.parametrize("channels", [6, 7])
+def test_pairs_of_channels_share_scales_of_v(channels):
+    """The louder channel's largest value sets the scale of both; a channel without a partner has its own."""
+    v = make(1, 200, channels, dtype=torch.float32)
+    v[0, :, 3] *= 4.0
+    v[0, 128:, :2] = 0.0
+    v[0, 7, 2] = math.inf
+    values, scale = quantize.quantize_v_int8_pairs(v)
+    own_values, own = quantize.quantize_v_int8(v)
+    assert values.shape == v.shape
+    assert torch.equal(scale[..., 0:6:2], scale[..., 1:6:2])
+    assert torch.equal(
+        scale[0, 0], torch.stack([own[0, 0, i // 2 * 2 : i // 2 * 2 + 2].max() for i in range(channels)])
+    )
+    assert scale[0, 1, :2].tolist() == [1.0, 1.0]
+    assert torch.equal(values[0, :128, 3], own_values[0, :128, 3])
+    assert values[0, 7, 2] == 0
+    used = scale.repeat_interleave(128, 1)[:, :200]
+    assert ((values * used - torch.where(v.isfinite(), v, 0.0)).abs() <= used / 2 * 1.001).all()
+
+
+def test_units_of_v_are_root_mean_squares():
+    v = make(2, 100, 3, dtype=torch.float32)
+    v[0, :, 1] = 0.0
+    v[1, 4, 2] = math.nan
+    unit = quantize.v_units(v)
+    torch.testing.assert_close(unit[0, 0, 0], v[0, :, 0].square().mean().sqrt())
+    assert unit[0, 0, 1] == torch.tensor(1e-10)
+    assert unit.isfinite().all()
 
 
 def test_int8_codes_of_v():
