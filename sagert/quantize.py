@@ -13,6 +13,8 @@ V_BLOCK, V_MAX = 64, 126.0
 K_SAMPLE = 512  # keys, at least, that a sample has
 STORED_CHANNELS = (64, 128, 256)  # of a head: the pre-passes of tiled families pad with zeros
 EVEN_SPREAD = 2.5  # of the channels of an even block of V: the largest scale beside their root mean square
+V_GROUPS, GROUP_SPREAD = 4, 1.6  # of channels that share scales in an even block of V, and the same of a group's pairs
+NOTHING = 1e-20  # below this a pair of channels counts as zero beside its units
 SINK_KEYS, SINK_LOUDNESS = 4, 0.5  # of V's first keys, if none is a sink: its largest value beside the first block's
 TINY = 1e-30  # below this a row or channel counts as zero: 127 / amax must stay finite
 
@@ -159,17 +161,26 @@ def v_units(v: Tensor) -> Tensor:
     return torch.where(v.isfinite(), v, 0.0).square().mean(1, keepdim=True).sqrt().clamp(1e-10, 1e18)
 
 
-def quantize_v_int8_pairs(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """As quantize_v_int8, of v in units of its channels, with one scale for channels 2 i and 2 i + 1 of a block.
+def quantize_v_int8_groups(v: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
+    """As quantize_v_int8, of v in units of its channels, a quarter of which share scales: kernels/sm90/prepass.cu.
 
-    Sharing one in units leaves the scales of N(0, 1) 4 % larger, and halves them.
+    In a block where the largest scale of such a group would exceed GROUP_SPREAD times the root mean square of those of
+    its pairs of channels, 2 i and 2 i + 1, only the pairs share scales.
     """
     n, keys, d = v.shape
-    flat = torch.nn.functional.pad(v, (0, d % 2)).reshape(n, keys, -1, 2)
-    pairs = flat.transpose(2, 3).reshape(n, 2 * keys, -1)  # of a pair both channels' keys, as if they were of one
-    values, scale = quantize_v_int8(pairs, 2 * block)
-    values = values.reshape(n, keys, 2, -1).transpose(2, 3).reshape(n, keys, -1)
-    return values[..., :d], scale.repeat_interleave(2, 2)[..., :d]
+    stored = next(channels for channels in STORED_CHANNELS if channels >= d)
+    clean = torch.where(v.isfinite(), v, 0.0)
+    blocks = torch.nn.functional.pad(clean, (0, stored - d, 0, -keys % block)).reshape(n, -1, block, stored)
+    groups = blocks.abs().amax(2).reshape(n, -1, V_GROUPS, stored // V_GROUPS // 2, 2).amax(-1)
+    most = groups.amax(-1, keepdim=True)
+    parts = torch.where(groups < NOTHING, 1.0, groups / most.clamp(min=NOTHING))
+    even = (parts.square().sum(-1) * GROUP_SPREAD**2 >= groups.shape[-1]).all(-1)
+    largest = torch.where(even[:, :, None, None], most, groups).flatten(2).repeat_interleave(2, 2)[:, :, None]
+    zero = largest < NOTHING
+    scale = torch.where(zero, 1.0, largest * torch.tensor(1.0 / 127.0, dtype=torch.float32))
+    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    values = torch.where(zero, 0.0, torch.round(blocks / scale))
+    return values.reshape(n, -1, stored)[:, :keys, :d], scale[:, :, 0, :d]
 
 
 def quantize_v_int8_even(v: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:

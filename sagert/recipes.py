@@ -20,7 +20,7 @@ from sagert.quantize import (
     quantize_v_half,
     quantize_v_int8,
     quantize_v_int8_even,
-    quantize_v_int8_pairs,
+    quantize_v_int8_groups,
     sampled_keys,
     v_largest,
     v_mean,
@@ -80,8 +80,8 @@ class Recipe(NamedTuple):
         return self.family == "wgmma" and self.pv == "int8"
 
     @property
-    def pairs_v(self) -> bool:
-        """Whether two channels of V share scales, in units of the channels."""
+    def groups_v(self) -> bool:
+        """Whether channels of V share scales, in units of the channels."""
         return self.family == "wgmma" and self.pv == "int8"
 
     @property
@@ -173,10 +173,10 @@ def quantize_heads(k: Tensor, v: Tensor, recipe: Recipe) -> KeyValues:
     if recipe.pv == "fp8":
         fixed = FP8_MAX_HALF if recipe.half_sums else FP8_MAX
         values, v_scale = quantize_v_fp8(vf, v_largest(vf) if recipe.half_output else fixed)
-    elif recipe.pairs_v:
+    elif recipe.groups_v:
         unit = v_units(vf)
         vf = vf / unit
-        values, v_scale = quantize_v_int8_pairs(vf, recipe.block_n)
+        values, v_scale = quantize_v_int8_groups(vf, recipe.block_n)
     elif recipe.even_v:
         values, v_scale = quantize_v_int8_even(vf, recipe.block_n)
     elif recipe.pv == "int8":

@@ -219,8 +219,6 @@ def _heads(
             # Sums of products of bytes over a block stay below 2**24: exact in fp32.
             total = total * alpha + weight * p.sum(-1, keepdim=True)
             unit = weight * kv.v_scale[:, block : block + 1]
-            if recipe.family == "wgmma":  # the scales' product in bf16
-                unit = (weight.bfloat16() * kv.v_scale[:, block : block + 1].bfloat16()).float()
             p = torch.round(p)
             rounded = rounded * alpha + weight * p.sum(-1, keepdim=True)
             acc = acc * alpha + (p @ kv.v[:, keys]) * unit

@@ -210,8 +210,8 @@ __device__ __forceinline__ void write_scales(const uint32_t (&bits)[kVChannels],
   for (int i = 0; i < kVWords; ++i) place[4 * i] = bits[2 * i] | bits[2 * i + 1] << 16;
 }
 
-// Writes the tiles of V8, kBlock bytes per channel, one after the other.
-template <bool check>
+// Writes the tiles of V8, kBlock bytes per channel, one after the other. Bits of `flip` are flipped in each word.
+template <bool check, uint32_t flip = 0>
 __device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, const float (&shift)[kVChannels],
                                              const float (&inverse)[kVChannels], int keys_left) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -226,7 +226,8 @@ __device__ __forceinline__ void write_v_tile(uint8_t* out, const VTile& tile, co
       for (int p = 0; p < 4; ++p) x[p] = tile.get<check>(2 * m + p % 2 + p / 2 * 8, e, shift, keys_left);  // pair order
       if constexpr (kInt8V) {
         word[m] = pack_low_bytes(to_int8(x[0], inverse[e]), to_int8(x[1], inverse[e]), to_int8(x[2], inverse[e]),
-                                 to_int8(x[3], inverse[e]));
+                                 to_int8(x[3], inverse[e])) ^
+                  flip;
       } else {
         word[m] = pack_halves(to_e4m3x2(x[0] * inverse[e], x[1] * inverse[e]),
                               to_e4m3x2(x[2] * inverse[e], x[3] * inverse[e]));

@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A consumer warpgroup with P V in integers: P in unsigned bytes scaled by the row's maximum in each block of keys, V
-// in signed bytes with a scale per block and two channels, in the channels' units.
+// in bytes with scales per block and channels, in the channels' units.
+//
+// Products become floating-point numbers without an instruction: they are made of unsigned bytes, stay below 2^23, and
+// so are 2^149 times what their bits are as fp32, a subnormal number. For that V is raised by 128, and scales are
+// multiplied by 2^100. What O then has too much is the same for all channels with the same scale. It is summed once for
+// each such group; as odd blocks hold -V and have their factors' signs changed, little of it adds up.
 //
 // One block after the other, as in consumer.cuh: the products take the registers that the scores have left. While wgmma
 // runs, instructions of fp32 are taken from the tensor core's time, those of 16 bits and of integers are not: hence the
@@ -20,6 +25,9 @@ constexpr float kPStep = 1.f / 255.f;
 constexpr float kSlack = 14.f;         // by which a block's maximum may exceed the one that O and the sums refer to
 constexpr float kCoarsest = 0x1p-20f;  // a smaller scale could leave a masked key some weight; its step is negligible
 
+constexpr float kLifted = 0x1p49f;     // what O is to be multiplied with: products have 2^-149, scales kVLift
+static_assert(kVLift == 0x1p100f && kBlock * 255 * (kVRaise + 127) < 1 << 23);
+
 // Exponents of a block of keys are c * (score - its thread's top + kRound) + b. No rounding lifts one above log2(255),
 // which would carry out of the byte, because differences are taken on integers and b is rounded down.
 struct Scaling {
@@ -30,6 +38,7 @@ struct Scaling {
 struct Consumer : ConsumerBase {
   Scores scores;  // integers, then, in the first quarter, P
   int32_t products[kHeadDim / 2];
+  float excess[2];  // what O has too much in the channels of this lane's group, by rows
 
   using ConsumerBase::ConsumerBase;
 
@@ -45,32 +54,66 @@ struct Consumer : ConsumerBase {
     const uint64_t b = operand_behind(v_operand, ring.stage * kVStageBytes);
     wgmma_fence();
     const uint32_t* a = reinterpret_cast<const uint32_t*>(scores);
-    wgmma_u8s8<0>(products, a, b);
+    wgmma_u8u8<0>(products, a, b);
 #pragma unroll
-    for (int i = 1; i < kBlock / 32; ++i) wgmma_u8s8<1>(products, a + 4 * i, operand_behind(b, 32 * i));
+    for (int i = 1; i < kBlock / 32; ++i) wgmma_u8u8<1>(products, a + 4 * i, operand_behind(b, 32 * i));
     wgmma_commit();
   }
 
-  // Scales of V in a block, two pairs of channels in each word, by lanes of a quad.
-  __device__ __forceinline__ const uint4* v_scales_at(int block) {
+  // This lane's scales of V in a block.
+  __device__ __forceinline__ const uint16_t* v_scales_at(int block) {
     const int64_t index = static_cast<int64_t>(task().head_kv) * p.blocks + block;
-    return reinterpret_cast<const uint4*>(p.v_scale + index * (kHeadDim / 2));
+    return reinterpret_cast<const uint16_t*>(p.v_scale) + index * (kHeadDim / 2) + kHeadDim / 8 * quad();
   }
 
-  // Adds the products, each row's in its own unit, to O.
-  __device__ __forceinline__ void add_products(const uint4* scales, const float (&unit)[2]) {
-    const uint32_t units[2] = {to_bf16x2(unit[0], unit[0]), to_bf16x2(unit[1], unit[1])};
+  static __device__ __forceinline__ float low_bf16(uint32_t two) { return __uint_as_float(two << 16); }
+  static __device__ __forceinline__ float high_bf16(uint32_t two) { return __uint_as_float(two & 0xffff0000u); }
+
+  // Adds the products, each row's in its own unit, to O. `raised` are the products with V's raise alone.
+  __device__ __forceinline__ void add_products(const uint16_t* scales, const float (&unit)[2],
+                                               const float (&raised)[2]) {
+    const uint2 four = __ldg(reinterpret_cast<const uint2*>(scales));
+    const float groups[kVGroups] = {low_bf16(four.x), high_bf16(four.x), low_bf16(four.y), high_bf16(four.y)};
+    if (__any_sync(~0u, groups[0] < 0.f)) {
+      add_uneven_products(scales, unit, raised);
+      return;
+    }
+    const float own = low_bf16(__ldg(scales + quad()));
 #pragma unroll
-    for (int j = 0; j < kHeadDim / 64; ++j) {
-      const uint4 four = __ldg(scales + kHeadDim / 64 * quad() + j);
-      const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
+    for (int r = 0; r < 2; ++r) excess[r] = fmaf(raised[r], unit[r] * own, excess[r]);
+    constexpr int kChannels = kHeadDim / 2 / kVGroups;  // of this thread, in both rows, in a group
 #pragma unroll
-      for (int i = 0; i < 32; ++i) {
-        const uint32_t two = bfloat2_multiply(pairs[i / 8], units[i / 2 % 2]);
-        const float scale = __uint_as_float(i / 4 % 2 == 0 ? two << 16 : two & 0xffff0000u);
-        float& x = o[32 * j + i];
-        x = fmaf(static_cast<float>(products[32 * j + i]), scale, x);
+    for (int group = 0; group < kVGroups; ++group) {
+      const float factor[2] = {unit[0] * groups[group], unit[1] * groups[group]};
+#pragma unroll
+      for (int i = group * kChannels; i < (group + 1) * kChannels; ++i) {
+        o[i] = fmaf(__int_as_float(products[i]), factor[i / 2 % 2], o[i]);
       }
+    }
+  }
+
+  // The same where each pair of channels has its own scale, whose sign is changed.
+  __device__ __forceinline__ void add_uneven_products(const uint16_t* scales, const float (&unit)[2],
+                                                      const float (&raised)[2]) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 8; ++j) {
+      const int place = scale_place(kHeadDim, j);
+      const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(scales) + place / 2);
+      const float scale = place % 2 == 0 ? low_bf16(two) : high_bf16(two);
+#pragma unroll
+      for (int i = 4 * j; i < 4 * j + 4; ++i) {
+        const int r = i / 2 % 2;
+        o[i] = fmaf(raised[r] - __int_as_float(products[i]), unit[r] * scale, o[i]);
+      }
+    }
+  }
+
+  // O without what it has too much.
+  __device__ __forceinline__ void settle() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) {
+      const float too_much = __shfl_sync(~0u, excess[i / 2 % 2], i / (kHeadDim / 2 / kVGroups), kVGroups);
+      o[i] = (o[i] - too_much) * kLifted;
     }
   }
 
@@ -100,6 +143,7 @@ struct Consumer : ConsumerBase {
         const float next = unit[r] > before[r] + kSlack ? unit[r] : before[r];
         alpha[r] = exp2_approx(before[r] - next);
         l[r] *= alpha[r];
+        excess[r] *= alpha[r];
         if constexpr (EXACT_LSE) exact_sum(r) *= alpha[r];
         before[r] = maximum(r) = next;
       }
@@ -265,26 +309,35 @@ struct Consumer : ConsumerBase {
       exponentiate<EXACT_LSE>(z, unit, sum);
 #pragma unroll
       for (int r = 0; r < 2; ++r) l[r] = fmaf(unit[r], static_cast<float>(sum[r]), l[r]);
+      uint32_t bytes = sum[0] | sum[1] << 16;
       wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
       pin_first<kBlock / 8>(scores);
       issue_pv();
       int place = block;
       forget(place);  // a pointer would take registers over the exponentials
-      const uint4* v_scales = v_scales_at(place);
+      const uint16_t* v_scales = v_scales_at(place);
+      bytes += __shfl_xor_sync(~0u, bytes, 1);
+      bytes += __shfl_xor_sync(~0u, bytes, 2);
+      const float raised[2] = {__uint_as_float((bytes & 0xffff) * kVRaise), __uint_as_float((bytes >> 16) * kVRaise)};
+      const uint32_t sign = static_cast<uint32_t>(place) << 31;  // odd blocks hold -V
+#pragma unroll
+      for (float& x : unit) x = __uint_as_float(__float_as_uint(x) ^ sign);
       wgmma_wait<0>();
       pin(products);
       pin_first<kBlock / 8>(scores);
       release_block();
-      add_products(v_scales, unit);
+      add_products(v_scales, unit, raised);
     }
   }
 
   __device__ __forceinline__ void attend() {
     prefetch_leading();
     maximum(0) = maximum(1) = kLowest;
+    excess[0] = excess[1] = 0.f;
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
     skip_blocks(uniform(task().skipped));
     attend_blocks();
+    settle();
     if (uniform(task().begin) == 0 && uniform(task().end) != 0 && has_leading()) add_leading();
     float total[2];
 #pragma unroll

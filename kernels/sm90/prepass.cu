@@ -7,9 +7,10 @@
 // copy engine:
 //   K8 tile [128 keys, D]: 16-byte chunk c of row r at r * D + 16 * (c ^ swizzle(r)).
 //   V8 tile [D, 128 keys]: chunk c of channel d at 128 * d + 16 * (c ^ (d & 7)), each 16 keys in pair order.
-// INT8 V has scales per tile and two neighbouring channels, in the channels' units, which are their deviations. Those
-// of pairs 4 apart, which one lane of wgmma's fragment has, stand together. All statistics are combined in a fixed
-// order: the same input gives the same bits.
+// INT8 V is raised by 128, and in odd blocks it is -V. It has scales per tile and two neighbouring channels, in the
+// channels' units, which are their deviations. In an even tile the scales of a quarter of the channels are the same,
+// and in others negative. Those of pairs 4 apart, which one lane of wgmma's fragment has, stand together. All
+// statistics are combined in a fixed order: the same input gives the same bits.
 #include "bounded.cuh"
 #include "integers.cuh"
 #include "leading.cuh"
@@ -119,9 +120,35 @@ __device__ __forceinline__ void quantize_k(Shared& s, const Input& in, KTile& ti
   writer.finish(count, first);
 }
 
+constexpr float kNothing = 1e-20f;  // of V, beside the channel's unit
+// By how much the largest scale of a group's pairs may exceed their root mean square in an even tile.
+constexpr float kEvenSpread = 1.6f;
+
+// Of the pairs of channels of this thread's group, whose largest values are `largest`: whether they may share one of
+// them, which is returned in `shared`. All lanes of the group agree.
+__device__ __forceinline__ bool is_even(const float (&largest)[kVWords], float& shared) {
+  constexpr int kLanes = 32 / kVGroups;
+  shared = largest[0];
+#pragma unroll
+  for (int i = 1; i < kVWords; ++i) shared = fmaxf(shared, largest[i]);
+#pragma unroll
+  for (int i = 1; i < kLanes; i *= 2) shared = fmaxf(shared, __shfl_xor_sync(~0u, shared, i));
+  if (shared < kNothing) return true;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVWords; ++i) {
+    const float part = largest[i] < kNothing ? 1.0f : largest[i] / shared;
+    sum = fmaf(part, part, sum);
+  }
+#pragma unroll
+  for (int i = 1; i < kLanes; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  return sum * (kEvenSpread * kEvenSpread) >= kLanes * kVWords;
+}
+
 // Scales of the pairs of channels of this thread for the keys of this tile; returns what brings each channel to
 // integers in place of the magnitudes.
-__device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[kVChannels], VScaleType* scale) {
+__device__ __forceinline__ void scale_block(Shared& s, int turn, int block, float (&amax)[kVChannels],
+                                            VScaleType* scale) {
   int channel = kVChannels * (threadIdx.x % 32);
 #pragma unroll
   for (int e = 0; e < kVChannels; ++e) amax[e] = 0.0f;
@@ -130,17 +157,28 @@ __device__ __forceinline__ void scale_block(Shared& s, int turn, float (&amax)[k
 #pragma unroll
     for (int e = 0; e < kVChannels; ++e) amax[e] = fmaxf(amax[e], s.v_amax[turn][warp][channel + e]);
   }
+  float largest[kVWords], shared;
 #pragma unroll
-  for (int e = 0; e < kVChannels; e += 2) {
-    constexpr float kNothing = 1e-20f;  // beside the channel's unit
-    const float unit[2] = {s.inverse[channel + e], s.inverse[channel + e + 1]};
-    const float largest = fmaxf(amax[e] / unit[0], amax[e + 1] / unit[1]);
-    const bool zero = largest < kNothing;
-    const uint32_t bits = bf16_above(zero ? 1.0f : largest * (1.0f / 127.0f));
+  for (int i = 0; i < kVWords; ++i) {
+    const float* unit = &s.inverse[channel + 2 * i];
+    largest[i] = fmaxf(amax[2 * i] / unit[0], amax[2 * i + 1] / unit[1]);
+  }
+  const bool even = __all_sync(~0u, is_even(largest, shared));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) amax[e + i] = zero ? 0.0f : 1.0f / (__uint_as_float(bits << 16) * unit[i]);
-    const int pair = (channel + e) / 2;
-    if (threadIdx.x < 32) scale[pair % 4 * (kHeadDim / 8) + pair / 4] = static_cast<VScaleType>(bits);
+  for (int i = 0; i < kVWords; ++i) {
+    if (even) largest[i] = shared;
+    const bool zero = largest[i] < kNothing;
+    const float step = __uint_as_float(bf16_above(zero ? 1.0f : largest[i] * (1.0f / 127.0f)) << 16);
+#pragma unroll
+    for (int e = 2 * i; e < 2 * i + 2; ++e) {
+      amax[e] = zero ? 0.0f : 1.0f / (step * s.inverse[channel + e]);
+      if (block % 2 != 0) amax[e] = -amax[e];
+    }
+    const uint32_t bits = __float_as_uint(even ? step * kVLift : step * -kVLift) >> 16;
+    const int pair = channel / 2 + i;
+    if (threadIdx.x < 32) {
+      scale[pair % 4 * (kHeadDim / 8) + scale_place(kHeadDim, pair / 4)] = static_cast<VScaleType>(bits);
+    }
   }
 }
 
@@ -178,12 +216,16 @@ __device__ __forceinline__ void quantize_v(Shared& s, const Input& in, VTile& ti
       for (int e = 0; e < kVChannels; ++e) s.v_amax[count & 1][threadIdx.x / 32][kVChannels * lane + e] = amax[e];
     }
     uint8_t* out = writer.exchange(count, block);
-    if constexpr (kInt8V)
-      scale_block(s, count & 1, inverse, block_scale + static_cast<int64_t>(block) * (kHeadDim / 2));
+    if constexpr (kInt8V) {
+      scale_block(s, count & 1, block, inverse, block_scale + static_cast<int64_t>(block) * (kHeadDim / 2));
+#pragma unroll
+      for (int e = 0; e < kVChannels; ++e) shift[e] = s.shift[kVChannels * lane + e];  // again: registers are short
+    }
+    constexpr uint32_t kFlip = kInt8V ? kVRaise * 0x01010101u : 0;  // of bytes the same as adding it
     if (check) {
-      write_v_tile<true>(out, tile, shift, inverse, rows_left - first_row);
+      write_v_tile<true, kFlip>(out, tile, shift, inverse, rows_left - first_row);
     } else {
-      write_v_tile<false>(out, tile, shift, inverse, 16);
+      write_v_tile<false, kFlip>(out, tile, shift, inverse, 16);
     }
     fence_async_shared();
     tile = next;

@@ -120,29 +120,29 @@ SAGERT_WGMMA_S8(192, 96, 96, 97, 98)
 #undef SAGERT_WGMMA_S8
 #undef SAGERT_WGMMA_S8_AS
 
-// P V: u8 A (registers), s8 B (K-major), int32 D, K = 32; `accumulate` as in wgmma_s8.
-#define SAGERT_WGMMA_U8S8_AS(constraint, columns, count, a0, a1, a2, a3, b0, flag)                  \
+// P V: u8 A (registers), u8 B (K-major), int32 D, K = 32; `accumulate` as in wgmma_s8.
+#define SAGERT_WGMMA_U8U8_AS(constraint, columns, count, a0, a1, a2, a3, b0, flag)                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                           \
                ", 0;\n"                                                                             \
-               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.u8.s8 {" SAGERT_WGMMA_D##count \
+               "wgmma.mma_async.sync.aligned.m64n" #columns "k32.s32.u8.u8 {" SAGERT_WGMMA_D##count \
                "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b0 ", p;\n}\n"                     \
                : SAGERT_WGMMA_OPERANDS##count(constraint, d)                                        \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(accumulate))
-#define SAGERT_WGMMA_U8S8(columns, count, a0, a1, a2, a3, b0, flag)                                \
+#define SAGERT_WGMMA_U8U8(columns, count, a0, a1, a2, a3, b0, flag)                                \
   template <int accumulate>                                                                        \
-  __device__ __forceinline__ void wgmma_u8s8(int32_t (&d)[count], const uint32_t* a, uint64_t b) { \
+  __device__ __forceinline__ void wgmma_u8u8(int32_t (&d)[count], const uint32_t* a, uint64_t b) { \
     if constexpr (accumulate != 0) {                                                               \
-      SAGERT_WGMMA_U8S8_AS(SAGERT_ACC_R, columns, count, a0, a1, a2, a3, b0, flag);                \
+      SAGERT_WGMMA_U8U8_AS(SAGERT_ACC_R, columns, count, a0, a1, a2, a3, b0, flag);                \
     } else {                                                                                       \
-      SAGERT_WGMMA_U8S8_AS(SAGERT_NEW_R, columns, count, a0, a1, a2, a3, b0, flag);                \
+      SAGERT_WGMMA_U8U8_AS(SAGERT_NEW_R, columns, count, a0, a1, a2, a3, b0, flag);                \
     }                                                                                              \
   }
 
-SAGERT_WGMMA_U8S8(64, 32, 32, 33, 34, 35, 36, 37)
-SAGERT_WGMMA_U8S8(128, 64, 64, 65, 66, 67, 68, 69)
+SAGERT_WGMMA_U8U8(64, 32, 32, 33, 34, 35, 36, 37)
+SAGERT_WGMMA_U8U8(128, 64, 64, 65, 66, 67, 68, 69)
 
-#undef SAGERT_WGMMA_U8S8
-#undef SAGERT_WGMMA_U8S8_AS
+#undef SAGERT_WGMMA_U8U8
+#undef SAGERT_WGMMA_U8U8_AS
 
 // D += P V with e4m3 A (registers) and e4m3 B (K-major), K = 32. D in fp32 is kept with about 14 bits. D in fp16 is
 // rounded to nearest for each K; d[2 j] are columns 8 j + 2 (t % 4) + 0, 1 of the first row, d[2 j + 1] those of the

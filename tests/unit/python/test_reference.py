@@ -194,9 +194,9 @@ def test_integer_pv_is_its_definition(causal, family, block):
     mean = quantize.v_mean(v[0].float())
     assert ((mean != 0).flatten() == torch.arange(64) % 2).all()
     less_mean, unit = v[0].float() - mean, torch.ones(1, 1, 64)
-    if family == "wgmma":  # two channels share scales
+    if family == "wgmma":  # channels share scales
         unit = quantize.v_units(less_mean)
-        v8, v_scale = quantize.quantize_v_int8_pairs(less_mean / unit, size)
+        v8, v_scale = quantize.quantize_v_int8_groups(less_mean / unit, size)
     else:
         v8, v_scale = quantize.quantize_v_int8(less_mean, size)
     numerator, denominator = torch.zeros(300, 64).double(), torch.zeros(300, 1).double()
@@ -245,25 +245,36 @@ def test_v_blocks():
     assert (error <= used / 2 * 1.001).all()
 
 
-@pytest.mark.parametrize("channels", [6, 7])
-def test_pairs_of_channels_share_scales_of_v(channels):
-    """The louder channel's largest value sets the scale of both; a channel without a partner has its own."""
-    v = make(1, 200, channels, dtype=torch.float32)
-    v[0, :, 3] *= 4.0
-    v[0, 128:, :2] = 0.0
+@pytest.mark.parametrize("channels", [61, 64])
+def test_groups_of_channels_share_scales_of_v(channels):
+    """The loudest of 16 channels sets their scale, but where it is far louder than others: then each of two."""
+    v = make(1, 384, channels, dtype=torch.float32)
+    v[0, 200, 3] = 30.0
+    v[0, 256:, :16] = 0.0
+    v[0, 256:, 20:24] = 0.0
     v[0, 7, 2] = math.inf
-    values, scale = quantize.quantize_v_int8_pairs(v)
+    values, scale = quantize.quantize_v_int8_groups(v)
     own_values, own = quantize.quantize_v_int8(v)
     assert values.shape == v.shape
-    assert torch.equal(scale[..., 0:6:2], scale[..., 1:6:2])
-    assert torch.equal(
-        scale[0, 0], torch.stack([own[0, 0, i // 2 * 2 : i // 2 * 2 + 2].max() for i in range(channels)])
-    )
-    assert scale[0, 1, :2].tolist() == [1.0, 1.0]
-    assert torch.equal(values[0, :128, 3], own_values[0, :128, 3])
+    assert torch.equal(scale, scale.bfloat16().float())
+    own = torch.nn.functional.pad(own, (0, 64 - channels))
+    by_group, by_pair = (own.reshape(1, 3, -1, n).amax(-1).repeat_interleave(n, 2)[..., :channels] for n in (16, 2))
+    assert torch.equal(scale[0, 0], by_group[0, 0])
+    assert torch.equal(scale[0, 1], by_pair[0, 1])
+    assert (scale[0, 2, :16] == 1.0).all()
+    assert torch.equal(scale[0, 2, 32:], by_group[0, 2, 32:])
+    assert torch.equal(values[0, 128:256, 3], own_values[0, 128:256, 3])
     assert values[0, 7, 2] == 0
-    used = scale.repeat_interleave(128, 1)[:, :200]
+    used = scale.repeat_interleave(128, 1)
     assert ((values * used - torch.where(v.isfinite(), v, 0.0)).abs() <= used / 2 * 1.001).all()
+
+
+def test_limit_of_groups_is_the_kernels():
+    folder = Path(__file__).parents[3] / "kernels/sm90"
+    assert (
+        float(re.search(r"kEvenSpread = ([\d.]+)f;", (folder / "prepass.cu").read_text())[1]) == quantize.GROUP_SPREAD
+    )
+    assert int(re.search(r"kVGroups = (\d+);", (folder / "leading.cuh").read_text())[1]) == quantize.V_GROUPS
 
 
 def test_units_of_v_are_root_mean_squares():
