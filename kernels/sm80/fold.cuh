@@ -169,7 +169,8 @@ struct FoldWarp : SerialWarp<FoldWarp> {
         }
       }
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
+      for (int n = 0; n < kM; ++n) {
+        const int m = kEvenV ? kM - 1 - n : n;  // ptxas' order is better so
         mma_u8s8(products[m], weights[part + 1][m], fragments[2], fragments[3], products[m]);
       }
     }
@@ -270,7 +271,10 @@ struct FoldWarp : SerialWarp<FoldWarp> {
     mask(step);
     reduce_step(stage, k_scale);
 #pragma unroll
-    for (int i = 0; i < kParts * 4 * kM; ++i) weigh(i / (4 * kM), i % kM, i / kM % 4);
+    for (int i = 0; i < kParts * 4 * kM; ++i) {
+      const int part = i / (4 * kM);
+      kEvenV ? weigh(part, i / 4 % kM, i % 4 ^ 1) : weigh(part, i % kM, i / kM % 4);  // as ptxas' order is best
+    }
     if constexpr (!kEvenV && (kChannels > 64 || kStepBlocks > 1)) hold(weights[kParts - 1][kM - 1][3] == ~0u);
     int t = threadIdx.x;
     forget(t);

@@ -40,7 +40,7 @@ struct SerialWarp : Warp {
   // Waits for the block's other warps, each in the loop it has come to: __syncthreads asks them to be in the same one.
   static __device__ __forceinline__ void meet() {
     if constexpr (kUnseenApart || kApart) {
-      named_barrier(1, kThreads);
+      named_barrier_anywhere(1, kThreads);
     } else {
       __syncthreads();
     }

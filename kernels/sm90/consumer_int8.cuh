@@ -25,7 +25,7 @@ constexpr float kPStep = 1.f / 255.f;
 constexpr float kSlack = 14.f;         // by which a block's maximum may exceed the one that O and the sums refer to
 constexpr float kCoarsest = 0x1p-20f;  // a smaller scale could leave a masked key some weight; its step is negligible
 
-constexpr float kLifted = 0x1p49f;     // what O is to be multiplied with: products have 2^-149, scales kVLift
+constexpr float kLifted = 0x1p49f;  // what O is to be multiplied with: products have 2^-149, scales kVLift
 static_assert(kVLift == 0x1p100f && kBlock * 255 * (kVRaise + 127) < 1 << 23);
 
 // Exponents of a block of keys are c * (score - its thread's top + kRound) + b. No rounding lifts one above log2(255),
@@ -38,7 +38,7 @@ struct Scaling {
 struct Consumer : ConsumerBase {
   Scores scores;  // integers, then, in the first quarter, P
   int32_t products[kHeadDim / 2];
-  float excess[2];  // what O has too much in the channels of this lane's group, by rows
+  Totals kept;
 
   using ConsumerBase::ConsumerBase;
 
@@ -48,6 +48,12 @@ struct Consumer : ConsumerBase {
   // This thread's part of a row's sum of exponentials before they are bytes, in shared memory for want of registers. l
   // is the sum of the bytes, which is what V is multiplied by.
   __device__ __forceinline__ float& exact_sum(int r) { return s.exact_sums[r][thread_index() - 128]; }
+
+  // At head_dim 128 in shared memory for want of registers.
+  __device__ __forceinline__ Totals& totals() {
+    if constexpr (kHeadDim == 128) return s.totals[thread_index() - 128];
+    return kept;
+  }
 
   // P V of the block.
   __device__ __forceinline__ void issue_pv() {
@@ -69,18 +75,34 @@ struct Consumer : ConsumerBase {
   static __device__ __forceinline__ float low_bf16(uint32_t two) { return __uint_as_float(two << 16); }
   static __device__ __forceinline__ float high_bf16(uint32_t two) { return __uint_as_float(two & 0xffff0000u); }
 
-  // Adds the products, each row's in its own unit, to O. `raised` are the products with V's raise alone.
-  __device__ __forceinline__ void add_products(const uint16_t* scales, const float (&unit)[2],
-                                               const float (&raised)[2]) {
-    const uint2 four = __ldg(reinterpret_cast<const uint2*>(scales));
+  // Waits for P V, and takes no more of the block.
+  __device__ __forceinline__ void end_pv() {
+    wgmma_wait<0>();
+    pin(products);
+    pin_first<kBlock / 8>(scores);
+    release_block();
+  }
+
+  // Adds P V, which is under way, to O, each row's in its own unit; `sum` are this thread's sums of bytes. What does
+  // not need the products stands in front of a branch: behind it ptxas waits for them.
+  __device__ __forceinline__ void add_products(int block, float (&unit)[2], const uint32_t (&sum)[2]) {
+    const uint2 four = __ldg(reinterpret_cast<const uint2*>(v_scales_at(block)));
+    uint32_t bytes = sum[0] | sum[1] << 16;
+    bytes += __shfl_xor_sync(~0u, bytes, 1);
+    bytes += __shfl_xor_sync(~0u, bytes, 2);
+    const uint32_t sign = static_cast<uint32_t>(block) << 31;  // odd blocks hold -V
+    Totals& sums = totals();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sums.l[r] = fmaf(unit[r], static_cast<float>(sum[r]), sums.l[r]);
+      unit[r] = __uint_as_float(__float_as_uint(unit[r]) ^ sign);
+    }
     const float groups[kVGroups] = {low_bf16(four.x), high_bf16(four.x), low_bf16(four.y), high_bf16(four.y)};
     if (__any_sync(~0u, groups[0] < 0.f)) {
-      add_uneven_products(scales, unit, raised);
+      add_uneven_products(block, unit, bytes);
       return;
     }
-    const float own = low_bf16(__ldg(scales + quad()));
-#pragma unroll
-    for (int r = 0; r < 2; ++r) excess[r] = fmaf(raised[r], unit[r] * own, excess[r]);
+    end_pv();
     constexpr int kChannels = kHeadDim / 2 / kVGroups;  // of this thread, in both rows, in a group
 #pragma unroll
     for (int group = 0; group < kVGroups; ++group) {
@@ -90,30 +112,43 @@ struct Consumer : ConsumerBase {
         o[i] = fmaf(__int_as_float(products[i]), factor[i / 2 % 2], o[i]);
       }
     }
+    const uint32_t two = quad() < 2 ? four.x : four.y;
+    const float own = quad() % 2 == 0 ? low_bf16(two) : high_bf16(two);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) totals().excess[r] = fmaf(raised(bytes, r), unit[r] * own, totals().excess[r]);
+  }
+
+  // Products of row r's bytes, whose sums are 16 bits each of `bytes`, with V's raise alone.
+  static __device__ __forceinline__ float raised(uint32_t bytes, int r) {
+    return __uint_as_float((r == 0 ? bytes & 0xffff : bytes >> 16) * kVRaise);
   }
 
   // The same where each pair of channels has its own scale, whose sign is changed.
-  __device__ __forceinline__ void add_uneven_products(const uint16_t* scales, const float (&unit)[2],
-                                                      const float (&raised)[2]) {
+  __device__ __forceinline__ void add_uneven_products(int block, const float (&unit)[2], uint32_t bytes) {
+    end_pv();
+    block += products[0] >> 31;  // 0, but ptxas cannot load scales before the products have come: registers are short
+    const uint32_t* scales = reinterpret_cast<const uint32_t*>(v_scales_at(block));
 #pragma unroll
     for (int j = 0; j < kHeadDim / 8; ++j) {
       const int place = scale_place(kHeadDim, j);
-      const uint32_t two = __ldg(reinterpret_cast<const uint32_t*>(scales) + place / 2);
+      const uint32_t two = __ldg(scales + place / 2);
       const float scale = place % 2 == 0 ? low_bf16(two) : high_bf16(two);
 #pragma unroll
       for (int i = 4 * j; i < 4 * j + 4; ++i) {
-        const int r = i / 2 % 2;
-        o[i] = fmaf(raised[r] - __int_as_float(products[i]), unit[r] * scale, o[i]);
+        const float factor = unit[i / 2 % 2] * -scale;
+        o[i] = fmaf(__int_as_float(products[i]), factor, fmaf(-raised(bytes, i / 2 % 2), factor, o[i]));
       }
     }
   }
 
-  // O without what it has too much.
+  // Sums of P, and O without what it has too much.
   __device__ __forceinline__ void settle() {
+    const Totals sums = totals();
+    l[0] = sums.l[0], l[1] = sums.l[1];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) {
-      const float too_much = __shfl_sync(~0u, excess[i / 2 % 2], i / (kHeadDim / 2 / kVGroups), kVGroups);
-      o[i] = (o[i] - too_much) * kLifted;
+      const float excess = __shfl_sync(~0u, sums.excess[i / 2 % 2], i / (kHeadDim / 2 / kVGroups), kVGroups);
+      o[i] = (o[i] - excess) * kLifted;
     }
   }
 
@@ -138,12 +173,13 @@ struct Consumer : ConsumerBase {
     }
     if (__any_sync(~0u, !within)) {
       float alpha[2];
+      Totals& sums = totals();
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const float next = unit[r] > before[r] + kSlack ? unit[r] : before[r];
         alpha[r] = exp2_approx(before[r] - next);
-        l[r] *= alpha[r];
-        excess[r] *= alpha[r];
+        sums.l[r] *= alpha[r];
+        sums.excess[r] *= alpha[r];
         if constexpr (EXACT_LSE) exact_sum(r) *= alpha[r];
         before[r] = maximum(r) = next;
       }
@@ -290,10 +326,9 @@ struct Consumer : ConsumerBase {
     const int begin = uniform(task().begin);
 #pragma unroll 1
     for (int block = static_cast<int>(uniform(task().end)) - 1; block >= begin; --block) {
-      const float k_scale = next_k_scale();
+      const float k_scale = k_scale_at(block);
+      prefetch_l1(v_scales_at(block));  // to L1, without registers: they are read when P V is there
       issue_qk(scores);
-      // To L1, without registers: they are read when P V is there.
-      prefetch_l1(v_scales_at(block));
       wgmma_wait<0>();
       pin(scores);
       Scaling z;
@@ -307,33 +342,19 @@ struct Consumer : ConsumerBase {
       }
       uint32_t sum[2] = {0, 0};
       exponentiate<EXACT_LSE>(z, unit, sum);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) l[r] = fmaf(unit[r], static_cast<float>(sum[r]), l[r]);
-      uint32_t bytes = sum[0] | sum[1] << 16;
       wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
       pin_first<kBlock / 8>(scores);
       issue_pv();
       int place = block;
       forget(place);  // a pointer would take registers over the exponentials
-      const uint16_t* v_scales = v_scales_at(place);
-      bytes += __shfl_xor_sync(~0u, bytes, 1);
-      bytes += __shfl_xor_sync(~0u, bytes, 2);
-      const float raised[2] = {__uint_as_float((bytes & 0xffff) * kVRaise), __uint_as_float((bytes >> 16) * kVRaise)};
-      const uint32_t sign = static_cast<uint32_t>(place) << 31;  // odd blocks hold -V
-#pragma unroll
-      for (float& x : unit) x = __uint_as_float(__float_as_uint(x) ^ sign);
-      wgmma_wait<0>();
-      pin(products);
-      pin_first<kBlock / 8>(scores);
-      release_block();
-      add_products(v_scales, unit, raised);
+      add_products(place, unit, sum);
     }
   }
 
   __device__ __forceinline__ void attend() {
     prefetch_leading();
     maximum(0) = maximum(1) = kLowest;
-    excess[0] = excess[1] = 0.f;
+    totals() = {};
     if constexpr (EXACT_LSE) exact_sum(0) = exact_sum(1) = 0.f;
     skip_blocks(uniform(task().skipped));
     attend_blocks();

@@ -184,6 +184,11 @@ constexpr int kTurns = 4;           // tiles that the producer may be ahead of t
 constexpr int kRoundTiles = 256;    // in a round at most
 constexpr int kScoutArrivals = 33;  // of its lanes' copies, and when it has written the task
 
+// A thread's sums in two rows: of P, and what O has too much in the channels of its lane's group (consumer_int8.cuh).
+struct alignas(16) Totals {
+  float l[2], excess[2];
+};
+
 struct Shared {
   int8_t k[kStages][kKStageBytes];
   int8_t v[kStages][kVStageBytes];
@@ -196,6 +201,7 @@ struct Shared {
   float maxima[2][128 * kGroups];      // of each thread's two rows
   float exact_sums[2][128 * kGroups];  // of their exponentials
   float leading[kRows][kLeadingKeys];  // scores
+  Totals totals[kHeadDim == 128 ? 128 * kGroups : 1];
 #endif
   Task tasks[kGroups][2];                                // of this tile and the next one, in turns
   uint8_t turns[kHalfSums ? 128 * kGroups : 1];          // which of them is each thread's: registers are short

@@ -286,7 +286,7 @@ st.global.u32 [%d1], %r2;
 """
 
 
-@pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.sync 3, 128;", ""])
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", "bar.sync 3, 128;", "barrier.sync 3, 128;", ""])
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_missing_barrier_shows(emulated, barrier, seed):
     given = words(128)

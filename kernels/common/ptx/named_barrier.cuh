@@ -11,7 +11,13 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The same, and whether any of them says so: all get the same answer.
+// The same where warps wait at different places in the code: `bar.sync` asks for that, too, but compute-sanitizer's
+// synccheck reports it.
+__device__ __forceinline__ void named_barrier_anywhere(int id, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// named_barrier, and whether any of them says so: all get the same answer.
 __device__ __forceinline__ bool named_barrier_or(int id, int threads, bool mine) {
   uint32_t any;
   asm volatile(
