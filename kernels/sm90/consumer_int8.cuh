@@ -91,12 +91,8 @@ struct Consumer : ConsumerBase {
     bytes += __shfl_xor_sync(~0u, bytes, 1);
     bytes += __shfl_xor_sync(~0u, bytes, 2);
     const uint32_t sign = static_cast<uint32_t>(block) << 31;  // odd blocks hold -V
-    Totals& sums = totals();
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sums.l[r] = fmaf(unit[r], static_cast<float>(sum[r]), sums.l[r]);
-      unit[r] = __uint_as_float(__float_as_uint(unit[r]) ^ sign);
-    }
+    for (int r = 0; r < 2; ++r) unit[r] = __uint_as_float(__float_as_uint(unit[r]) ^ sign);
     const float groups[kVGroups] = {low_bf16(four.x), high_bf16(four.x), low_bf16(four.y), high_bf16(four.y)};
     if (__any_sync(~0u, groups[0] < 0.f)) {
       add_uneven_products(block, unit, bytes);
@@ -340,9 +336,12 @@ struct Consumer : ConsumerBase {
       } else {
         reduce(z, k_scale, unit);
       }
+      wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
       uint32_t sum[2] = {0, 0};
       exponentiate<EXACT_LSE>(z, unit, sum);
-      wait_for_block();  // it has come: this keeps the compiler from mixing what is before with what is behind
+#pragma unroll
+      for (int r = 0; r < 2; ++r) totals().l[r] = fmaf(unit[r], static_cast<float>(sum[r]), totals().l[r]);
+      wait_for_block();  // likewise
       pin_first<kBlock / 8>(scores);
       issue_pv();
       int place = block;
