@@ -13,6 +13,8 @@ constexpr int kUnits = kChannelTiles / 2;  // parts of a chunk's P V, 16 channel
 constexpr int kPairs = 4 * kM;             // of scores that a lane has of a chunk
 using Weights = uint32_t[kM][4];           // A fragments of a chunk's P V
 static_assert(kTailKeys == 16, "the tail is a chunk");
+// In front of the products they stand beside: where ptxas' order is better so.
+constexpr bool kWeightsFirst = kHeadDim == 128 && !kCausal;
 
 struct DirectWarp : SerialWarp<DirectWarp> {
   using SerialWarp::SerialWarp;
@@ -78,7 +80,7 @@ struct DirectWarp : SerialWarp<DirectWarp> {
       if (kBounded && settles(step)) slot += kSettled;
     }
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) weigh(0, i);
+    for (int i = 0; i < kPairs; ++i) weigh(0, kWeightsFirst ? i ^ 1 : i);
 #pragma unroll
     for (int unit = kUnits / 2; unit < kUnits; ++unit) multiply_v(tail, unit, tail_address);
     if constexpr (!kApart) copy_next(step, slot);
@@ -87,9 +89,10 @@ struct DirectWarp : SerialWarp<DirectWarp> {
     for (int chunk = 0; chunk + 1 < kChunks; ++chunk) {
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        multiply_v(weights[chunk], unit, v_address, chunk * 16 * kVRowBytes);
+        if constexpr (!kWeightsFirst) multiply_v(weights[chunk], unit, v_address, chunk * 16 * kVRowBytes);
 #pragma unroll
         for (int i = unit * kPairs / kUnits; i < (unit + 1) * kPairs / kUnits; ++i) weigh(chunk + 1, i);
+        if constexpr (kWeightsFirst) multiply_v(weights[chunk], unit, v_address, chunk * 16 * kVRowBytes);
       }
       if (kChannels >= 96 && chunk == 0) hold(sum[0] < 0.f);
       if (kApart && chunk == 0) copy_next(step, slot);
