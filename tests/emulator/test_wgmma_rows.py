@@ -42,6 +42,30 @@ def test_tiles_from_a_counter(rows, precision):
     check(rows, Case(precision, 193, 70, 64, "bf16", True, heads_kv=35, family="wgmma"))
 
 
+@pytest.mark.parametrize("every", [128, 150, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "causal"), [(128, "fp16", False), (128, "bf16", True), (64, "bf16", True)]
+)
+@pytest.mark.parametrize("lse", [True, False])
+def test_blocks_of_v_that_are_not_even(rows, every, head_dim, dtype, causal, lse):
+    """In turn with even ones, of even and of odd numbers: some channels do not share scales there."""
+    case = Case("int8_int8", 200, 700, head_dim, dtype, causal, loud_v=every, v_mean=0.0, family="wgmma", lse=lse)
+    found = rows.run("sm90", cases.figures, case)
+    assert found["finite"]
+    assert found["near"] <= cases.NEAR["int8_int8"], found
+    assert found["near_lse"] <= cases.near_lse_max(case), found
+
+
+@pytest.mark.parametrize("rise", [0.05, 20.0])
+@pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
+def test_maxima_that_move(rows, rise, head_dim, dtype, causal):
+    """Blocks whose maxima are far above or far below those before: O and the sums refer to another one, or do not."""
+    case = Case("int8_int8", 130, 900, head_dim, dtype, causal, family="wgmma", factor=4.0, rise=rise)
+    found = rows.run("sm90", cases.figures, case)
+    assert found["finite"]
+    assert found["near"] <= 2 * cases.NEAR["int8_int8"], found
+
+
 @pytest.mark.parametrize("lengths", [(3, 3), (70, 131), (200, 1300)])
 @pytest.mark.parametrize(("head_dim", "dtype", "causal"), [(128, "fp16", False), (64, "bf16", True)])
 @pytest.mark.parametrize("precision", ["int8_int8", "int8_fp8"])
