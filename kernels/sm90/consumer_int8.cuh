@@ -9,12 +9,11 @@
 //
 // One block after the other, as in consumer.cuh: the products take the registers that the scores have left. While wgmma
 // runs, instructions of fp32 are taken from the tensor core's time, those of 16 bits and of integers are not: hence the
-// bytes by way of fp16, and the scales' products in bf16.
+// bytes by way of fp16.
 #pragma once
 
 #include "consumer_base.cuh"
 #include "leading.cuh"
-#include "ptx/half2.cuh"
 #include "ptx/prefetch.cuh"
 
 namespace sagert {

@@ -30,12 +30,6 @@ __device__ __forceinline__ uint32_t half2_multiply(uint32_t a, uint32_t b) {
   return d;
 }
 
-__device__ __forceinline__ uint32_t bfloat2_multiply(uint32_t a, uint32_t b) {
-  uint32_t d;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-
 __device__ __forceinline__ uint32_t bfloat2_fma(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
