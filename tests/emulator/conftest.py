@@ -21,6 +21,7 @@ ROWS = {
     "sm89": ["sm89.mma.int8_fp8"],
     "sm120": ["sm120.mma.int8_int8"],
     "sm90": ["sm90.wgmma.int8_fp16", "sm90.wgmma.int8_fp8", "sm90.wgmma.int8_int8"],
+    "sm90 causal": ["sm90.wgmma.int8_int8"],
     "sm90 long": ["sm90.wgmma.int8_fp8_long"],
 }
 CHOSEN = {
@@ -33,6 +34,7 @@ CHOSEN = {
     "sm89": {(128, "fp16", False), (128, "fp16", True)},
     "sm120": {(128, "fp16", False), (128, "fp16", True)},
     "sm90": {(128, "fp16", False), (64, "bf16", True)},
+    "sm90 causal": {(128, "bf16", True)},
     "sm90 long": {(64, "fp16", False), (64, "bf16", True)},
 }  # fmt: skip
 

@@ -44,13 +44,14 @@ def test_tiles_from_a_counter(rows, precision):
 
 @pytest.mark.parametrize("every", [128, 150, 256])
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "causal"), [(128, "fp16", False), (128, "bf16", True), (64, "bf16", True)]
+    ("device", "head_dim", "dtype", "causal"),
+    [("sm90", 128, "fp16", False), ("sm90 causal", 128, "bf16", True), ("sm90", 64, "bf16", True)],
 )
 @pytest.mark.parametrize("lse", [True, False])
-def test_blocks_of_v_that_are_not_even(rows, every, head_dim, dtype, causal, lse):
+def test_blocks_of_v_that_are_not_even(rows, every, device, head_dim, dtype, causal, lse):
     """In turn with even ones, of even and of odd numbers: some channels do not share scales there."""
     case = Case("int8_int8", 200, 700, head_dim, dtype, causal, loud_v=every, v_mean=0.0, family="wgmma", lse=lse)
-    found = rows.run("sm90", cases.figures, case)
+    found = rows.run(device, cases.figures, case)
     assert found["finite"]
     assert found["near"] <= cases.NEAR["int8_int8"], found
     assert found["near_lse"] <= cases.near_lse_max(case), found
